@@ -14,11 +14,11 @@ from transformers import AutoConfig, GPT2Config, GPT2Model
 
 from .tasks import InputError
 
-# %% ../nbs/components/backbones.ipynb #cca1ed67
+# %% ../nbs/components/backbones.ipynb #4cfa01a0
 @dataclass(frozen=True)
 class Architecture:
     "Shape of a GPT-2 body."
-    n_layer: int = 4               # blocks
+    n_layer: int = 3               # blocks
     width: int = 128               # of the residual stream
     n_head: int = 4                # attention heads; must divide the width
     activation: str = 'gelu_new'   # of the MLP in each block
@@ -29,7 +29,10 @@ class Architecture:
         if min(self.n_layer, self.width, self.n_head) < 1 or self.width % self.n_head:
             raise InputError('architecture', 'at least one layer, and a number of heads that divides the width', f'{self.n_layer} layers, width {self.width}, {self.n_head} heads')
 
-# %% ../nbs/components/backbones.ipynb #2af07dd8
+# %% ../nbs/components/backbones.ipynb #2b8440d4
+_SAME_FORMULA = {'gelu_new': 'gelu_pytorch_tanh'}  # name in a configuration -> faster implementation
+
+# %% ../nbs/components/backbones.ipynb #1f6e6080
 class NoPositions(nn.Module):
     "Stands in for GPT-2's position embedding and adds nothing."
     def forward(self, position_ids): return torch.zeros((), device=position_ids.device)
@@ -41,19 +44,19 @@ def without_embeddings(
     model.wte, model.wpe = None, NoPositions()
     return model
 
-# %% ../nbs/components/backbones.ipynb #8d8ac1fa
+# %% ../nbs/components/backbones.ipynb #4f12ec5f
 def random_gpt2(
     arch: Architecture,
     seed: int = 0,
 ) -> GPT2Model:
     "A GPT-2 body with random weights."
-    config = GPT2Config(vocab_size=1, bos_token_id=None, eos_token_id=None, n_layer=arch.n_layer, n_embd=arch.width, n_head=arch.n_head, activation_function=arch.activation,
+    config = GPT2Config(vocab_size=1, bos_token_id=None, eos_token_id=None, n_layer=arch.n_layer, n_embd=arch.width, n_head=arch.n_head, activation_function=_SAME_FORMULA.get(arch.activation, arch.activation),
                         resid_pdrop=arch.dropout, attn_pdrop=arch.attention_dropout, embd_pdrop=arch.attention_dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return without_embeddings(GPT2Model(config))
 
-# %% ../nbs/components/backbones.ipynb #052e1c36
+# %% ../nbs/components/backbones.ipynb #4314397d
 def _where(name):
     "How to call a source in an error message."
     return f'{name} (local folder)' if Path(name).is_dir() else f'{name} (hub)'
@@ -67,7 +70,7 @@ def read_config(
     except (OSError, ValueError, KeyError) as e:
         raise InputError(_where(name), 'a model on the hub that can be reached, or a local folder written by save_pretrained', str(e).splitlines()[0]) from e
 
-# %% ../nbs/components/backbones.ipynb #a8647920
+# %% ../nbs/components/backbones.ipynb #cfc73344
 def pretrained_gpt2(
     name: str,                      # id on the hub, or a local folder
     dropout: float = 0.2,           # as in `Architecture`
@@ -78,13 +81,14 @@ def pretrained_gpt2(
     config = read_config(name, revision)
     if config.model_type != 'gpt2': raise InputError(_where(name), "architecture 'gpt2'", repr(config.model_type))
     config.resid_pdrop, config.attn_pdrop, config.embd_pdrop = dropout, attention_dropout, attention_dropout
+    config.activation_function = _SAME_FORMULA.get(config.activation_function, config.activation_function)
     try: model, info = GPT2Model.from_pretrained(name, config=config, revision=revision, use_safetensors=True, output_loading_info=True, dtype=torch.float32)
     except Exception as e: raise InputError(_where(name), "GPT-2's weights in complete safetensors files", str(e).splitlines()[0]) from e
     wrong = sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))
     if wrong: raise InputError(_where(name), 'all tensors of its configuration', f'{len(wrong)} missing or of another shape, such as {wrong[0]}')
     return without_embeddings(model)
 
-# %% ../nbs/components/backbones.ipynb #da436315
+# %% ../nbs/components/backbones.ipynb #74c7812f
 def is_pretrained(
     initialisation: str,
 ) -> bool:

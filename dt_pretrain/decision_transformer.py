@@ -3,11 +3,10 @@
 # %% auto #0
 __all__ = ['HEADS', 'TiedHead', 'LinearHead', 'DecisionTransformer', 'interleave', 'action_error']
 
-# %% ../nbs/components/decision_transformer.ipynb #91b460ce
+# %% ../nbs/components/decision_transformer.ipynb #59fbdb27
 import torch
 from fastcore.basics import patch
 from torch import nn
-from torch.nn import functional as F
 
 from .tasks import InputError, Task
 from .trajectories import Batch
