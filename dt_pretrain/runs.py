@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['whole_file', 'save_tensors', 'load_tensors', 'Run', 'read_table', 'load_weights', 'open_run', 'environment',
-           'find_runs']
+           'runs_folder', 'find_runs']
 
-# %% ../nbs/components/runs.ipynb #07865b42
+# %% ../nbs/components/runs.ipynb #aa236bde
 import json, os, platform, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from .setups import FinetuneConfig, make_config, run_name
+from .setups import FinetuneConfig, make_config, run_name, windows_per_step
 from .tasks import InputError
 
 # %% ../nbs/components/runs.ipynb #80b8f3e6
@@ -82,13 +82,14 @@ def read_table(
     try: return pd.read_parquet(path)
     except (OSError, ValueError) as e: raise InputError(str(path), 'a complete parquet file', e) from e
 
-# %% ../nbs/components/runs.ipynb #2cd1b056
+# %% ../nbs/components/runs.ipynb #73beeb6b
 @patch(as_prop=True)
 def metrics(self: Run) -> pd.DataFrame:  # a row an epoch and target return
-    "The run's metrics up to its last complete epoch, with task, initialisation, setup, context_length and seed."
+    "The run's metrics up to its last complete epoch, with task, initialisation, setup, context_length, seed, head and action targets a step."
     path = self.path / 'metrics.parquet'
     table, c = read_table(path), self.config
-    return table[table.epoch <= self.last_epoch].assign(task=c.task, initialisation=c.initialisation, setup=c.setup, context_length=c.context_length, seed=c.seed, run=self.path.name)
+    return table[table.epoch <= self.last_epoch].assign(task=c.task, initialisation=c.initialisation, setup=c.setup, context_length=c.context_length, seed=c.seed,
+                                                     head=c.head, targets=windows_per_step(c) * c.context_length, run=self.path.name)
 
 # %% ../nbs/components/runs.ipynb #e07def2d
 @patch
@@ -178,7 +179,14 @@ def note(self: Run, **facts):
     "Add facts to the manifest."
     with whole_file(self.path / 'manifest.json') as tmp: tmp.write_text(json.dumps({**self.manifest, **facts}, indent=1))
 
-# %% ../nbs/components/runs.ipynb #a83c7969
+# %% ../nbs/components/runs.ipynb #d12273cb
+def runs_folder() -> Path:
+    "Where runs live when nothing else is said."
+    if os.environ.get('DT_PRETRAIN_RUNS'): return Path(os.environ['DT_PRETRAIN_RUNS'])
+    here = Path.cwd()
+    return next((p for p in (here, *here.parents) if (p / 'settings.ini').exists()), here) / 'runs'
+
+# %% ../nbs/components/runs.ipynb #9b2c8d03
 def find_runs(
     runs_dir: str | Path = 'runs',
     finished: bool = True,   # only those that ended

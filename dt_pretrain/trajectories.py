@@ -26,7 +26,7 @@ def returns_to_go(
     end = np.append(episode_start[1:], len(rewards))                       # (E,) one past each episode
     return from_end[:-1] - np.repeat(from_end[end], end - episode_start)
 
-# %% ../nbs/components/trajectories.ipynb #31959934
+# %% ../nbs/components/trajectories.ipynb #ad7dd6c0
 @dataclass(frozen=True)
 class Trajectories:
     "All steps of all episodes, one episode after the other."
@@ -55,7 +55,7 @@ class Trajectories:
 
     def __repr__(self):
         return (f'{self.task.name}: {len(self):,} episodes, {self.n_steps:,} steps, return {self.returns.mean():.0f} ± '
-                f'{self.returns.std():.0f}, length {self.episode_length.mean():.0f}, from {self.source or "memory"}')
+                f'{self.returns.std():.0f}, length {self.episode_length.mean():.0f}, from {Path(self.source).name or "memory"}')
 
 # %% ../nbs/components/trajectories.ipynb #40a64057
 def check_trajectories(
