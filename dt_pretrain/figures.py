@@ -52,15 +52,18 @@ def published_dt(
         return float(normalized_score(t, low + score / 100 * (high - low)))
     return rows.assign(score=[to_d4rl(*x) for x in zip(rows.score, rows.reference)]).dropna(subset='score')[['source', 'score', 'protocol']]
 
-# %% ../nbs/components/figures.ipynb #5881145a
+# %% ../nbs/components/figures.ipynb #81ea3377
 def score_references(
     task: str,
     context_length: int,
-    ax,
+    ax,                   # with its y limits set
 ):
     "Lines at the behaviour policy's score and at published scores of DT."
     policy = normalized_score(task, shipped_policy(task)[1]['ret_mean'])
     lines = [('behaviour policy', policy, COLOURS['reference'])] + [(r.source, r.score, COLOURS['published']) for r in published_dt(task, context_length).itertuples()]
-    for name, score, colour in lines:
+    low, high = ax.get_ylim()
+    label_at = -np.inf
+    for name, score, colour in sorted(lines, key=lambda line: line[1]):
+        label_at = max(score, label_at + .06 * (high - low))   # labels keep apart where lines are close
         ax.axhline(score, color=colour, lw=1, ls='--', zorder=0)
-        ax.annotate(name, (1, score), xycoords=('axes fraction', 'data'), xytext=(3, 0), textcoords='offset points', va='center', fontsize='x-small', color=colour)
+        ax.annotate(name, (1, label_at), xycoords=('axes fraction', 'data'), xytext=(3, 0), textcoords='offset points', va='center', fontsize='x-small', color=colour)

@@ -1,0 +1,40 @@
+"Tests use collected data from the checkout's cache, one thread, and no network."
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parents[1]
+os.environ.setdefault("DT_PRETRAIN_CACHE", str(TOP / ".cache"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"
+
+
+@pytest.fixture
+def top():
+    "The checkout."
+    return TOP
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    "A copy of the checkout's sources, to change at will."
+    copy = tmp_path_factory.mktemp("checkout") / "dt_pretrain"
+    skip = shutil.ignore_patterns(".*", "_site", "_proc", "_report", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(TOP, copy, ignore=skip, symlinks=True)
+    return copy
+
+
+@pytest.fixture
+def cli(capsys):
+    "Call `dt-pretrain`; returns its exit code and what it wrote to standard error."
+    def run(*args):
+        from dt_pretrain.cli import main
+        try:
+            code = main(list(map(str, args)))
+        except SystemExit as e:
+            code = e.code
+        return code, capsys.readouterr().err
+    return run

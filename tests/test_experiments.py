@@ -1,0 +1,71 @@
+"Experiments and pages end to end, through papermill, at the smoke preset."
+import importlib.util
+import json
+
+import pandas as pd
+import pytest
+
+from dt_pretrain.runs import Run, find_runs
+from dt_pretrain.setups import make_config, run_name
+from dt_pretrain.sweeps import execute_notebook, read_sweep, run_sweep
+
+
+@pytest.fixture
+def experiment(top, tmp_path):
+    "Execute an experiment into a temporary folder."
+    def run(name, **parameters):
+        execute_notebook(top / "nbs" / "experiments" / f"{name}.ipynb", tmp_path / f"{name}.ipynb", parameters)
+    return run
+
+
+def test_collect(experiment, monkeypatch, tmp_path):
+    monkeypatch.setenv("DT_PRETRAIN_CACHE", str(tmp_path / "cache"))
+    experiment("collect", task="halfcheetah-medium", n_steps=2000)
+    assert (tmp_path / "cache/datasets/halfcheetah-medium-2000-s0/data/main_data.hdf5").is_file()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("stable_baselines3") is None, reason="the extra 'collect' is not installed")
+def test_train_policies(experiment, tmp_path):
+    experiment("train_policies", max_steps=200, evaluate_every=100, eval_episodes=1, learning_starts=50, out_dir=str(tmp_path))
+    assert json.loads((tmp_path / "hopper-medium-sac.json").read_text())["train_steps"] >= 200
+
+
+@pytest.mark.parametrize("parameters, message", [
+    (dict(contxt_length=1), "expected one like 'context_length', found an unknown name"),
+    (dict(context_length="one"), "context_length: expected int, found 'one'"),
+    (dict(learning_rate=-1.0), "learning_rate: expected at least 0, found -1.0"),
+])
+def test_bad_parameters_stop_before_anything_runs(experiment, tmp_path, parameters, message):
+    with pytest.raises(RuntimeError, match=message):
+        experiment("finetune", runs_dir=str(tmp_path / "runs"), **parameters)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sweep_keeps_going_and_is_not_repeated(top, tmp_path):
+    notebook = top / "nbs/experiments/finetune.ipynb"
+    good, bad = make_config("smoke", seed=3), make_config("smoke", seed=3, source="minari", path=str(tmp_path / "nothing"))
+    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed:\n.*expected a Minari dataset"):
+        run_sweep([bad, good], notebook, tmp_path, jobs=2, progress=False)
+    run = Run(tmp_path / good.task / run_name(good))
+    assert run.status == "finished" and (run.path / "finetune.ipynb").is_file()
+    stamp = (run.path / "finetune.ipynb").stat().st_mtime_ns
+    run_sweep([good], notebook, tmp_path, progress=False)
+    assert (run.path / "finetune.ipynb").stat().st_mtime_ns == stamp
+
+
+def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
+    "The chain that `make report` promises, but for the rendering, which the site's tests cover."
+    from dt_pretrain.report import keep, report
+    monkeypatch.chdir(checkout)
+    monkeypatch.setenv("DT_PRETRAIN_RUNS", str(tmp_path / "runs"))
+    report("smoke", jobs=2, site=False, say=lambda *_: None)
+    configs = read_sweep(checkout / "nbs/experiments/sweeps/sanity.toml", "smoke")
+    assert sorted(r.path.name for r in find_runs(tmp_path / "runs")) == sorted(map(run_name, configs))
+    result = json.loads((checkout / "_report/nbs/findings/results/0.json").read_text())
+    assert (result["preset"], result["verdict"]) == ("smoke", "inconclusive")
+    metrics = pd.concat(r.metrics for r in find_runs(tmp_path / "runs"))
+    assert set(metrics.epoch) == {0, 1, 2} and metrics[["held_out_error", "return_mean"]].notna().all().all()
+    home = (checkout / "_report/nbs/index.ipynb").read_text()
+    assert "inconclusive" in home and "injected-parameters" not in home
+    keep(say=lambda *_: None)
+    assert "inconclusive" in (checkout / "README.md").read_text()

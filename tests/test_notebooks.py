@@ -1,0 +1,93 @@
+"The notebooks are the source: they run, they are clean, and the package is what they export."
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+TOP = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p for p in (TOP / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+COMPONENTS = [p for p in NOTEBOOKS if p.parent.name == "components"]
+name = lambda p: str(p.relative_to(TOP / "nbs"))  # noqa: E731
+
+
+def code_cells(path):
+    return [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", COMPONENTS, ids=name)
+def test_component_runs(path):
+    "Every cell of a component notebook runs: its examples and its tests."
+    command = [Path(sys.executable).with_name("nbdev_test"), "--path", path, "--n_workers", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TOP)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def files(folder, pattern):
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob(pattern)) if "__pycache__" not in p.parts}
+
+
+def test_package_is_what_the_notebooks_export(checkout):
+    before = files(checkout / "dt_pretrain", "*.py")
+    for module in before:
+        if module not in ("__init__.py", "_modidx.py"):
+            (checkout / "dt_pretrain" / module).write_text("")
+    subprocess.run([Path(sys.executable).with_name("nbdev_export")], check=True, cwd=checkout, capture_output=True)
+    assert files(checkout / "dt_pretrain", "*.py") == before
+
+
+def test_notebooks_are_clean(checkout):
+    before = files(checkout / "nbs", "*.ipynb")
+    subprocess.run([Path(sys.executable).with_name("nbdev_clean")], check=True, cwd=checkout, capture_output=True)
+    assert [k for k, v in files(checkout / "nbs", "*.ipynb").items() if v != before[k]] == []
+
+
+def test_exported_cells_are_small():
+    lines = {}
+    for path in COMPONENTS:
+        for i, cell in enumerate(code_cells(path)):
+            if re.search(r"^#\| ?export\b", cell.source, re.M):
+                lines[name(path), i] = sum(bool(x.strip()) and not x.startswith("#|") for x in cell.source.splitlines())
+    assert max(lines.values()) <= 40, max(lines, key=lines.get)
+    assert statistics.median(lines.values()) < 12
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name in ("experiments", "findings")], ids=name)
+def test_parameters_come_first_and_are_tagged(path):
+    assert "parameters" in code_cells(path)[0].metadata.get("tags", [])
+
+
+def test_no_path_of_a_machine_in_outputs():
+    found = [(name(p), m[0]) for p in NOTEBOOKS for m in re.finditer(r"/(home|root|work|Users|builds?|tmp)/[\w.-]+", json.dumps([c.get("outputs", []) for c in code_cells(p)]))]
+    assert found == []
+
+
+def test_no_saved_error():
+    assert [name(p) for p in NOTEBOOKS for c in code_cells(p) for o in c.get("outputs", []) if o.output_type == "error"] == []
+
+
+def test_every_notebook_is_in_the_sidebar_once():
+    def leaves(items):
+        for item in items:
+            yield from leaves(item["contents"]) if isinstance(item, dict) else [item]
+    listed = list(leaves(yaml.safe_load((TOP / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]))
+    assert sorted(listed) == sorted(map(name, NOTEBOOKS))
+
+
+def test_readme_is_made_from_index():
+    from dt_pretrain.site import readme_from
+    assert (TOP / "README.md").read_text() == readme_from(TOP / "nbs" / "index.ipynb")
+
+
+def test_core_modules_need_no_notebook_tooling_and_no_simulator():
+    "On a GPU machine the package runs straight from the checkout."
+    code = "import sys, dt_pretrain.finetuning, dt_pretrain.runs; print(*sorted({'IPython', 'nbdev', 'papermill', 'jupyter_client', 'nbformat', 'gymnasium', 'mujoco', 'minari', 'd4rl', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TOP, env={**os.environ, "PYTHONPATH": str(TOP)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""

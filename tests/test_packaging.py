@@ -1,0 +1,51 @@
+"Metadata, pins and what a wheel contains."
+import re
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from importlib.metadata import distributions, version
+
+import pytest
+from packaging.requirements import Requirement
+
+
+@pytest.fixture
+def pins(top):
+    lines = (top / "constraints.txt").read_text().split()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.!+-]+", line) for line in lines)
+    return {canonical(n): v for n, v in (line.split("==") for line in lines)}
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_installed_package_is_pinned(pins):
+    installed = {canonical(d.name): d.version.split("+")[0] for d in distributions()}
+    tools = {"pip", "setuptools", "wheel", "dt-pretrain"}
+    assert {n: v for n, v in installed.items() if n not in tools and pins.get(n) != v and not n.startswith(("nvidia", "triton", "cuda"))} == {}
+
+
+def test_pins_satisfy_the_requirements(top, pins):
+    parser = ConfigParser(delimiters=["="])
+    parser.read(top / "settings.ini")
+    settings = parser["DEFAULT"]
+    for key in settings:
+        if key.endswith("requirements"):
+            for r in map(Requirement, settings[key].split()):
+                assert r.specifier.contains(pins[canonical(r.name)]), (key, r)
+
+
+def test_versions_agree(top):
+    import dt_pretrain
+    assert dt_pretrain.__version__ == version("dt_pretrain")
+    assert f"version: {dt_pretrain.__version__}" in (top / "CITATION.cff").read_text()
+
+
+def test_wheel_has_modules_and_assets(checkout, tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, checkout], check=True, capture_output=True)
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    here = {str(p.relative_to(checkout)) for p in (checkout / "dt_pretrain").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert here - names == set()
+    assert any(n.endswith("hopper-medium-sac.safetensors") for n in names)
