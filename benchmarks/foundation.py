@@ -2,7 +2,7 @@
 
     python benchmarks/foundation.py            # prints a table, about a minute on one core
 
-`sample`: a batch of 64 windows of K=20, by a loop over windows that sums rewards anew for each, as the published code does.
+`sample`: a batch of 64 windows of K=20, by a loop over windows that sums the rest of the episode's rewards anew for each, as the published code does.
 `rollout`: episodes played one after the other with batch 1, against all as one batch; same model, same seeds.
 """
 import argparse
@@ -29,8 +29,10 @@ def sample_published(data, K, batch_size, rng):
         start = rng.integers(len(steps))
         take = steps[start:start + K]
         pad = K - len(take)
-        rewards = data.rewards[steps[start:]]
-        rtg = np.array([rewards[i:].sum() for i in range(len(take))]) / 1000
+        rtg = data.rewards[steps[start:]].copy()
+        for i in reversed(range(len(rtg) - 1)):
+            rtg[i] += rtg[i + 1]
+        rtg = rtg[:len(take)] / 1000
         states = (np.concatenate([np.zeros((pad, data.task.state_dim)), data.observations[take]]) - data.state_mean) / data.state_std
         actions = np.concatenate([np.full((pad, data.task.action_dim), -10.0), data.actions[take]])
         out.append((states, actions, np.append(np.zeros(pad), rtg), np.append(np.zeros(pad), np.arange(start, start + len(take))), np.arange(K) >= pad))

@@ -4,7 +4,7 @@
 __all__ = ['whole_file', 'save_tensors', 'load_tensors', 'Run', 'read_table', 'load_weights', 'open_run', 'environment',
            'runs_folder', 'find_runs']
 
-# %% ../nbs/components/runs.ipynb #aa236bde
+# %% ../nbs/components/runs.ipynb #817b9662
 import json, os, platform, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .setups import FinetuneConfig, make_config, run_name, windows_per_step
-from .tasks import InputError
+from .tasks import InputError, project_root
 
 # %% ../nbs/components/runs.ipynb #80b8f3e6
 @contextmanager
@@ -179,12 +179,10 @@ def note(self: Run, **facts):
     "Add facts to the manifest."
     with whole_file(self.path / 'manifest.json') as tmp: tmp.write_text(json.dumps({**self.manifest, **facts}, indent=1))
 
-# %% ../nbs/components/runs.ipynb #d12273cb
+# %% ../nbs/components/runs.ipynb #734d86b4
 def runs_folder() -> Path:
     "Where runs live when nothing else is said."
-    if os.environ.get('DT_PRETRAIN_RUNS'): return Path(os.environ['DT_PRETRAIN_RUNS'])
-    here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / 'settings.ini').exists()), here) / 'runs'
+    return Path(os.environ.get('DT_PRETRAIN_RUNS') or project_root() / 'runs')
 
 # %% ../nbs/components/runs.ipynb #9b2c8d03
 def find_runs(

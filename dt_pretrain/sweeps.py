@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['notebook_parameters', 'execute_notebook', 'read_sweep', 'run_sweep']
 
-# %% ../nbs/components/sweeps.ipynb #6c8c915c
+# %% ../nbs/components/sweeps.ipynb #a37c9847
 import itertools, os, subprocess, sys, tomllib
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
@@ -13,7 +13,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from .runs import Run
-from .setups import PRESETS, FinetuneConfig, make_config, run_name
+from .setups import PRESETS, FinetuneConfig, make_config, run_name, windows_per_step
 from .tasks import InputError
 
 # %% ../nbs/components/sweeps.ipynb #22fe74aa
@@ -73,7 +73,7 @@ def _cross(path, table, preset, seeds, values):
         try: yield make_config(preset, **dict(zip(options, combination)))
         except InputError as e: raise InputError(f'{path}: {e.what}', e.expected, e.found) from e
 
-# %% ../nbs/components/sweeps.ipynb #c8f9508f
+# %% ../nbs/components/sweeps.ipynb #7fcde36d
 def run_sweep(
     configs: list[FinetuneConfig],
     notebook: str | Path,      # experiments/finetune.ipynb
@@ -84,6 +84,7 @@ def run_sweep(
     "Execute a notebook for every run that is not finished."
     runs = [Run(Path(runs_dir) / c.task / run_name(c)) for c in configs]
     todo = [(c, r) for c, r in zip(configs, runs) if not (r.status == 'finished' and (r.path / 'finetune.ipynb').exists())]
+    todo.sort(key=lambda x: _tokens(x[0]), reverse=True)
     def one(c, r): execute_notebook(notebook, r.path / 'finetune.ipynb', {**_plain(c), 'runs_dir': str(Path(runs_dir).resolve())})
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=sum(c.epochs * c.steps_per_epoch for c, _ in todo), unit='step', disable=not progress or not todo) as bar:
         futures = {pool.submit(one, c, r): r.name for c, r in todo}
@@ -95,7 +96,11 @@ def run_sweep(
     if failed: raise RuntimeError(f'{len(failed)} of {len(runs)} runs failed:\n' + '\n'.join(f'  {n}: {e}' for n, e in failed.items()))
     return runs
 
-# %% ../nbs/components/sweeps.ipynb #11a652dc
+# %% ../nbs/components/sweeps.ipynb #b39c9bfc
+def _tokens(config):
+    "Steps of all windows that training sees: what a run costs, roughly."
+    return config.epochs * config.steps_per_epoch * windows_per_step(config) * config.context_length
+
 def _plain(config):
     "The configuration as papermill's parameters."
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

@@ -61,11 +61,11 @@ def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
     report("smoke", jobs=2, site=False, say=lambda *_: None)
     configs = read_sweep(checkout / "nbs/experiments/sweeps/sanity.toml", "smoke")
     assert sorted(r.path.name for r in find_runs(tmp_path / "runs")) == sorted(map(run_name, configs))
-    result = json.loads((checkout / "_report/nbs/findings/results/0.json").read_text())
+    result = json.loads((checkout / "_report/pages/findings/results/0.json").read_text())
     assert (result["preset"], result["verdict"]) == ("smoke", "inconclusive")
     metrics = pd.concat(r.metrics for r in find_runs(tmp_path / "runs"))
     assert set(metrics.epoch) == {0, 1, 2} and metrics[["held_out_error", "return_mean"]].notna().all().all()
-    home = (checkout / "_report/nbs/index.ipynb").read_text()
+    home = (checkout / "_report/pages/index.ipynb").read_text()
     assert "inconclusive" in home and "injected-parameters" not in home
     keep(say=lambda *_: None)
     assert "inconclusive" in (checkout / "README.md").read_text()
