@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Policy', 'shipped_policy', 'collect', 'cache_folder', 'collected', 'load_trajectories']
 
-# %% ../nbs/components/collection.ipynb #e5bda2b7
+# %% ../nbs/components/collection.ipynb #c8e0cd1d
 import json, os
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
-from .tasks import InputError, Task, get_task, make_env, task_names
+from .tasks import InputError, Task, get_task, make_env, project_root, task_names
 from .trajectories import Trajectories, from_episodes, read_d4rl, read_hf_mirror, read_minari, write_minari
 
 # %% ../nbs/components/collection.ipynb #176f2fad
@@ -96,10 +96,11 @@ def collect(
     final, fell = (np.array([e[k] for e in episodes[:n]]) for k in ('final', 'terminated'))
     return from_episodes(task, episodes[:n], source=f'{n_steps} steps collected with seed {seed}'), final.astype(np.float32), fell
 
-# %% ../nbs/components/collection.ipynb #6d06191d
+# %% ../nbs/components/collection.ipynb #b0e54278
 def cache_folder() -> Path:
-    "Where collected data lie: the folder in `DT_PRETRAIN_CACHE`, else the user's cache folder."
-    return Path(os.environ.get('DT_PRETRAIN_CACHE') or user_cache_path('dt_pretrain'))
+    "Where collected data lie: `DT_PRETRAIN_CACHE`, else `.cache` at the top of the project, else the user's cache."
+    if os.environ.get('DT_PRETRAIN_CACHE'): return Path(os.environ['DT_PRETRAIN_CACHE'])
+    return project_root() / '.cache' if (project_root() / 'settings.ini').is_file() else user_cache_path('dt_pretrain')
 
 # %% ../nbs/components/collection.ipynb #a48f2b0b
 def collected(

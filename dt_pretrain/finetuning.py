@@ -149,7 +149,7 @@ def state(self: Trainer) -> dict[str, torch.Tensor]:
     if self.device.type == 'cuda': generators['cuda'] = torch.cuda.get_rng_state(self.device)
     return moments | {f'generator.{k}': v for k, v in generators.items()} | dict(step=torch.tensor(self.step))
 
-# %% ../nbs/components/finetuning.ipynb #0514019e
+# %% ../nbs/components/finetuning.ipynb #287c3437
 @patch
 def restore(self: Trainer,
     run: Run,
@@ -158,6 +158,8 @@ def restore(self: Trainer,
     load_weights(self.model, run.checkpoint_path(run.last_epoch))
     state, _ = load_tensors(run.resume_path(run.last_epoch))
     names, moments = [n for g in self.groups for n in g['names']], {}
+    expected = {'step', 'generator.sampler', 'generator.torch', *(f'adam.{n}.exp_avg' for n in names if run.last_epoch)}
+    if missing := expected - state.keys(): raise InputError(str(run.resume_path(run.last_epoch)), "this model's training state", f'{len(missing)} tensors missing, such as {min(missing)}')
     for key, value in state.items():
         if key.startswith('adam.'): name, k = key[5:].rsplit('.', 1); moments.setdefault(names.index(name), {})[k] = value
     self.optimizer.load_state_dict(dict(state=moments, param_groups=self.optimizer.state_dict()['param_groups']))

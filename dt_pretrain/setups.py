@@ -133,12 +133,12 @@ def resolve(
     Architecture(config.n_layer, config.width, config.n_head, config.activation)
     return config
 
-# %% ../nbs/components/setups.ipynb #5654adb8
+# %% ../nbs/components/setups.ipynb #c8575357
 def windows_per_step(
     config: FinetuneConfig,  # resolved
 ) -> int:
     "Windows in a batch."
-    return config.batch_size * 20 // config.context_length if config.match_targets else config.batch_size
+    return max(1, config.batch_size * 20 // config.context_length) if config.match_targets else config.batch_size
 
 # %% ../nbs/components/setups.ipynb #cf28d5d2
 def make_config(

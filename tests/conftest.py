@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).resolve().parents[1]
-os.environ.setdefault("DT_PRETRAIN_CACHE", str(TOP / ".cache"))
+os.environ.setdefault("DT_PRETRAIN_CACHE", str(TOP / ".cache"))   # also for tests that run in a copy
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"

@@ -49,6 +49,13 @@ def test_damaged_training_state_is_named_and_nothing_is_overwritten(run):
     assert {p: p.read_bytes() for p in run.path.glob("epoch_*")} == before
 
 
+def test_training_state_of_another_model(run):
+    run.note(status="running", last_epoch=1)
+    save_tensors(run.resume_path(1), {"step": torch.tensor(4), "generator.sampler": torch.get_rng_state()})
+    with pytest.raises(InputError, match=r"resume/epoch_001.safetensors: expected this model's training state, found \d+ tensors missing"):
+        finetune(make_config("smoke"), run.path.parents[1], progress=False)
+
+
 def test_configuration_from_a_newer_version(run):
     path = run.path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(flux_capacitor=1)))

@@ -232,6 +232,13 @@ def test_exported_names_are_documented_and_cells_are_not_run(small):
     assert 'The task of that name.' in page_of(small, 'components/tasks.html').text  # the cell with `undefined_name` would have failed
 
 
+def test_the_source_of_exported_names_is_on_the_page_folded(small):
+    page = page_of(small, 'components/tasks.html')
+    folded = page.select('details.code-fold')
+    assert [d.summary.text for d in folded] == ['Source'] and 'def get_task(' in folded[0].text
+    assert not page.find_all('a', string='source')
+
+
 def test_search_knows_names_of_figures(small):
     text = ' '.join(e['text'] for e in json.loads((small / 'www' / BASE / 'search.json').read_text()))
     assert 'Zanzibar' in text and 'Figure 1' in text and '@fig-dot' not in text
