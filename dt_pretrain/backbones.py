@@ -4,17 +4,18 @@
 __all__ = ['Architecture', 'NoPositions', 'without_embeddings', 'random_gpt2', 'read_config', 'pretrained_gpt2', 'is_pretrained',
            'load_backbone']
 
-# %% ../nbs/components/backbones.ipynb #bcb90914
+# %% ../nbs/components/backbones.ipynb #d565812b
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, GPT2Config, GPT2Model
+from transformers.activations import ACT2FN
 
 from .tasks import InputError
 
-# %% ../nbs/components/backbones.ipynb #4cfa01a0
+# %% ../nbs/components/backbones.ipynb #d90be88c
 @dataclass(frozen=True)
 class Architecture:
     "Shape of a GPT-2 body."
@@ -28,6 +29,7 @@ class Architecture:
     def __post_init__(self):
         if min(self.n_layer, self.width, self.n_head) < 1 or self.width % self.n_head:
             raise InputError('architecture', 'at least one layer, and a number of heads that divides the width', f'{self.n_layer} layers, width {self.width}, {self.n_head} heads')
+        if self.activation not in ACT2FN: raise InputError('activation', f'one of {", ".join(sorted(ACT2FN))}', repr(self.activation))
 
 # %% ../nbs/components/backbones.ipynb #2b8440d4
 _SAME_FORMULA = {'gelu_new': 'gelu_pytorch_tanh'}  # name in a configuration -> faster implementation
@@ -56,7 +58,7 @@ def random_gpt2(
         torch.manual_seed(seed)
         return without_embeddings(GPT2Model(config))
 
-# %% ../nbs/components/backbones.ipynb #4314397d
+# %% ../nbs/components/backbones.ipynb #f4691ddd
 def _where(name):
     "How to call a source in an error message."
     return f'{name} (local folder)' if Path(name).is_dir() else f'{name} (hub)'
@@ -66,7 +68,7 @@ def read_config(
     revision: str | None = None,   # commit or tag on the hub
 ):  # the `transformers` configuration
     "Configuration of pre-trained weights."
-    try: return AutoConfig.from_pretrained(name, revision=revision)
+    try: return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:
         raise InputError(_where(name), 'a model on the hub that can be reached, or a local folder written by save_pretrained', str(e).splitlines()[0]) from e
 

@@ -27,12 +27,13 @@ def _collect(args):
     from dt_pretrain.collection import load_trajectories
     print(load_trajectories(args.task, args.source, args.path, args.steps))
 
-# %% ../nbs/components/cli.ipynb #82984af2
+# %% ../nbs/components/cli.ipynb #37f29aba
 def _finetune(args):
     from dt_pretrain.finetuning import finetune
     from dt_pretrain.runs import runs_folder
     from dt_pretrain.setups import make_config
-    run = finetune(make_config(args.preset, task=args.task, **_values(args.set)), args.runs_dir or runs_folder(), args.device)
+    values = {'preset': args.preset, 'task': args.task, **_values(args.set)}
+    run = finetune(make_config(**values), args.runs_dir or runs_folder(), args.device)
     print(run.metrics[['epoch', 'held_out_error', 'saturated', 'target_return', 'return_mean', 'score_mean']].round(3).to_string(index=False))
     print(run.path)
 
@@ -88,7 +89,7 @@ def _parser():
     command('doctor', _doctor, 'say what is installed, collected and finished')
     return p
 
-# %% ../nbs/components/cli.ipynb #02c3400a
+# %% ../nbs/components/cli.ipynb #7c3a0c65
 def main(
     args: list[str] | None = None,  # the command line by default
 ) -> int:                           # exit code: 0, 1 when a run or page failed, 2 for bad input, 130 when interrupted
@@ -96,6 +97,6 @@ def main(
     args = _parser().parse_args(args)
     try: args.func(args)
     except InputError as e: print(f'dt-pretrain: {e}', file=sys.stderr); return 2
-    except (RuntimeError, FloatingPointError, ImportError) as e: print(f'dt-pretrain: {e}', file=sys.stderr); return 1
+    except (RuntimeError, FloatingPointError, ImportError, OSError) as e: print(f'dt-pretrain: {e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('dt-pretrain: stopped; the same command goes on from here', file=sys.stderr); return 130
     return 0

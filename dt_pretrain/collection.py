@@ -51,9 +51,9 @@ def shipped_policy(
     if not Path(f'{stem}.safetensors').exists(): raise InputError(f'behaviour policy for {task.name}', 'one that the package ships, or source="minari" and a path', 'none')
     return Policy(f'{stem}.safetensors', task), json.loads(Path(f'{stem}.json').read_text())
 
-# %% ../nbs/components/collection.ipynb #ea382f6f
+# %% ../nbs/components/collection.ipynb #fbbd1c0a
 def _episodes(
-    task, policy, seed, n_envs, enough,  # `enough(i, steps)`: whether episode i need not start, given the steps recorded so far
+    task, policy, seed, n_envs, enough,  # `enough(steps)`: whether no more episodes need to start, given the steps recorded so far
 ):
     "Yield (number, episode) as episodes end."
     envs, started, steps = [make_env(task) for _ in range(n_envs)], 0, 0
@@ -72,10 +72,10 @@ def _episodes(
             e['observations'].append(obs); e['actions'].append(a); e['rewards'].append(reward); steps += 1
             if not (terminated or truncated): nxt.append(e); continue
             yield e['i'], dict(observations=e['observations'][:-1], actions=e['actions'], rewards=e['rewards'], final=obs, terminated=terminated)
-            if not enough(started, steps): nxt.append(start(e['env']))
+            if not enough(steps): nxt.append(start(e['env']))
         live = nxt
 
-# %% ../nbs/components/collection.ipynb #bb7e01c9
+# %% ../nbs/components/collection.ipynb #50ae066d
 def collect(
     task: Task | str,
     n_steps: int = 100_000,         # at least so many; the last episode is completed
@@ -89,7 +89,7 @@ def collect(
     if n_steps < 1: raise InputError('n_steps', 'at least 1', n_steps)
     policy, done = policy or shipped_policy(task)[0], {}
     with tqdm(total=n_steps, unit=' steps', desc=f'collect {task.name}', disable=not progress) as bar:
-        for i, e in _episodes(task, policy, seed, n_envs, lambda i, steps: steps >= n_steps):
+        for i, e in _episodes(task, policy, seed, n_envs, lambda steps: steps >= n_steps):
             done[i] = e; bar.update(min(len(e['rewards']), n_steps - bar.n))
     episodes = [done[i] for i in sorted(done)]
     n = np.searchsorted(np.cumsum([len(e['rewards']) for e in episodes]), n_steps) + 1
@@ -102,7 +102,7 @@ def cache_folder() -> Path:
     if os.environ.get('DT_PRETRAIN_CACHE'): return Path(os.environ['DT_PRETRAIN_CACHE'])
     return project_root() / '.cache' if (project_root() / 'settings.ini').is_file() else user_cache_path('dt_pretrain')
 
-# %% ../nbs/components/collection.ipynb #a48f2b0b
+# %% ../nbs/components/collection.ipynb #472b044b
 def collected(
     task: Task | str,
     n_steps: int = 100_000,
@@ -111,10 +111,12 @@ def collected(
 ) -> Path:  # a Minari dataset
     "Collect a dataset into the cache folder, unless it is there."
     task = get_task(task) if isinstance(task, str) else task
+    if n_steps < 1: raise InputError('n_steps', 'at least 1', n_steps)
     path = cache_folder() / 'datasets' / f'{task.name}-{n_steps}-s{seed}'
     if path.exists(): return path
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(str(path.parent), 'a folder to write collected data to (DT_PRETRAIN_CACHE)', e) from e
+    if not os.access(path.parent, os.W_OK): raise InputError(str(path.parent), 'a folder to write collected data to (DT_PRETRAIN_CACHE)', 'one that is read-only')
     with FileLock(f'{path}.lock'):
         if not path.exists():
             data, final, fell = collect(task, n_steps, seed, progress=progress)

@@ -3,13 +3,12 @@
 # %% auto #0
 __all__ = ['COLOURS', 'use_theme', 'learning_curves', 'published_dt', 'score_references']
 
-# %% ../nbs/components/figures.ipynb #d99fd39b
+# %% ../nbs/components/figures.ipynb #6610cef8
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from .collection import shipped_policy
 from .tasks import InputError, get_task, normalized_score, published_scores
 
 # %% ../nbs/components/figures.ipynb #d8b23cc0
@@ -52,15 +51,15 @@ def published_dt(
         return float(normalized_score(t, low + score / 100 * (high - low)))
     return rows.assign(score=[to_d4rl(*x) for x in zip(rows.score, rows.reference)]).dropna(subset='score')[['source', 'score', 'protocol']]
 
-# %% ../nbs/components/figures.ipynb #81ea3377
+# %% ../nbs/components/figures.ipynb #d778d62f
 def score_references(
     task: str,
     context_length: int,
+    behaviour: float,     # score of the policy that made the data
     ax,                   # with its y limits set
 ):
     "Lines at the behaviour policy's score and at published scores of DT."
-    policy = normalized_score(task, shipped_policy(task)[1]['ret_mean'])
-    lines = [('behaviour policy', policy, COLOURS['reference'])] + [(r.source, r.score, COLOURS['published']) for r in published_dt(task, context_length).itertuples()]
+    lines = [('behaviour policy', behaviour, COLOURS['reference'])] + [(r.source, r.score, COLOURS['published']) for r in published_dt(task, context_length).itertuples()]
     low, high = ax.get_ylim()
     label_at = -np.inf
     for name, score, colour in sorted(lines, key=lambda line: line[1]):

@@ -46,11 +46,11 @@ def execute_page(
     for thing in (nb, *nb.cells): thing.metadata.pop('papermill', None); thing.metadata.pop('execution', None)
     with whole_file(target) as tmp: nbformat.write(nb, str(tmp), version=4)
 
-# %% ../nbs/components/report.ipynb #3e0bcdc7
+# %% ../nbs/components/report.ipynb #7b91d41e
 def execute_pages(
     nbs: Path,
     out: Path,         # receives the executed pages and their results
-    parameters: dict,  # preset, task, runs_dir
+    parameters: dict,  # preset, task, seeds, runs_dir
     say=print,
 ):
     "Execute all findings pages, then home."
@@ -62,7 +62,7 @@ def execute_pages(
         say(f'executed {page.relative_to(nbs)} in {time.time() - start:.0f} s')
     if (nbs / 'index.ipynb').exists(): execute_page(nbs / 'index.ipynb', out / 'index.ipynb', {'results_dir': str(results)})
 
-# %% ../nbs/components/report.ipynb #b4554c9c
+# %% ../nbs/components/report.ipynb #c160c2ba
 def report(
     preset: str = 'mini',        # smoke, mini or paper
     task: str = 'hopper-medium',
@@ -73,6 +73,7 @@ def report(
 ) -> Path:                       # the site's front page, or the folder with executed pages
     "Collect, run, execute, render."
     get_task(task)
+    if seeds is not None and seeds < 1: raise InputError('seeds', 'at least 1', seeds)
     top, start = checkout(), time.time()
     configs, runs_dir = all_runs(top / 'nbs', preset, task, seeds), runs_folder()
     say(f'{preset} report on {task}: {len(configs)} runs, {jobs} at a time')
@@ -80,7 +81,7 @@ def report(
     run_sweep(configs, top / 'nbs' / 'experiments' / 'finetune.ipynb', runs_dir, jobs)
     say(f'data and runs are there after {time.time() - start:.0f} s')
     out = top / '_report' / 'pages'
-    execute_pages(top / 'nbs', out, dict(preset=preset, task=task, runs_dir=str(runs_dir)), say)
+    execute_pages(top / 'nbs', out, dict(preset=preset, task=task, seeds=seeds, runs_dir=str(runs_dir)), say)
     for r in read_results(out / 'findings' / 'results'): say(f"finding {r['number']}: {r['verdict']}. {r['summary']}")
     if site: render_site(say)
     say(f'report made in {time.time() - start:.0f} s')

@@ -4,12 +4,12 @@
 __all__ = ['whole_file', 'save_tensors', 'load_tensors', 'Run', 'read_table', 'load_weights', 'open_run', 'environment',
            'runs_folder', 'find_runs']
 
-# %% ../nbs/components/runs.ipynb #817b9662
+# %% ../nbs/components/runs.ipynb #68a8f4e0
 import json, os, platform, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
@@ -121,7 +121,7 @@ def load_weights(
     if differ: raise InputError(str(path), 'the tensors of this model', f'{len(differ)} that differ, such as {differ[0]}')
     model.load_state_dict(tensors)
 
-# %% ../nbs/components/runs.ipynb #dc9edffe
+# %% ../nbs/components/runs.ipynb #c0230693
 @contextmanager
 def open_run(
     config: FinetuneConfig,            # resolved
@@ -140,10 +140,16 @@ def open_run(
         if not (run.path / 'config.json').exists():
             with whole_file(run.path / 'config.json') as tmp: tmp.write_text(json.dumps(asdict(config), indent=1))
         elif run.config != config: raise InputError(str(run.path / 'config.json'), 'the configuration that the folder is named after', 'another one')
+        for debris in run.path.rglob('.*'):
+            if debris.name != '.lock': debris.unlink()   # what a killed process was writing
         yield run
     finally: lock.release()
 
-# %% ../nbs/components/runs.ipynb #e8754e03
+# %% ../nbs/components/runs.ipynb #70c62b31
+def _has(package):
+    try: return bool(version(package))
+    except PackageNotFoundError: return False
+
 def environment(
     device,
 ) -> dict:
@@ -152,7 +158,7 @@ def environment(
         r = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True) if '__file__' in globals() else None
         return r.stdout.strip() if r and r.returncode == 0 else None
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else platform.processor() or platform.machine()
-    return dict(versions={p: version(p) for p in ('torch', 'transformers', 'numpy')}, python=sys.version.split()[0], device=f'{device}: {name}', threads=torch.get_num_threads(), commit=commit())
+    return dict(versions={p: version(p) for p in ('torch', 'transformers', 'numpy', 'gymnasium', 'mujoco') if _has(p)}, python=sys.version.split()[0], device=f'{device}: {name}', threads=torch.get_num_threads(), commit=commit())
 
 # %% ../nbs/components/runs.ipynb #948e9a58
 @patch

@@ -4,8 +4,8 @@
 __all__ = ['SETUPS', 'PRESETS', 'Setup', 'FinetuneConfig', 'check_config', 'resolve', 'windows_per_step', 'make_config',
            'config_hash', 'run_name']
 
-# %% ../nbs/components/setups.ipynb #4b535220
-import difflib, hashlib, json, re, types, typing
+# %% ../nbs/components/setups.ipynb #14fcc7b0
+import difflib, hashlib, json, math, re, types, typing
 from dataclasses import asdict, dataclass, fields, replace
 
 from .backbones import Architecture, is_pretrained
@@ -40,7 +40,7 @@ PRESETS = dict(
     paper=dict(n_layer=12, width=768, n_head=12, source='d4rl', epochs=40, steps_per_epoch=2500, warmup_steps=5000, eval_episodes=100, precision='bfloat16'),
 )
 
-# %% ../nbs/components/setups.ipynb #0af03f28
+# %% ../nbs/components/setups.ipynb #20b6e60e
 @dataclass(frozen=True)
 class FinetuneConfig:
     "Everything that defines a run."
@@ -57,7 +57,7 @@ class FinetuneConfig:
     # model
     n_layer: int = 3                     # blocks of a random body
     width: int = 128                     # its width
-    n_head: int | None = 4               # its attention heads, unless the setup says otherwise
+    n_head: int = 4                      # its attention heads; by the setup where it says
     activation: str | None = None        # its activation; by the setup, else gelu_new
     dropout: float = 0.2
     attention_dropout: float = 0.1
@@ -82,10 +82,10 @@ class FinetuneConfig:
     target_returns: tuple[float, ...] | None = None  # returns to aim for; by the task, its main one
     keep_checkpoints: str = 'all'        # or `ends`: epoch 0 and the last
 
-# %% ../nbs/components/setups.ipynb #975cb4b1
+# %% ../nbs/components/setups.ipynb #b803d9b3
 _RANGES = dict(context_length=1, n_steps=1, n_layer=1, width=1, n_head=1, epochs=1, steps_per_epoch=1, batch_size=1, warmup_steps=0, eval_episodes=1,
-               eval_max_steps=1, eval_windows=1, seed=0, learning_rate=0, weight_decay=0, adam_eps=0, max_grad_norm=0, dropout=0, attention_dropout=0)
-_CHOICES = dict(head=tuple(HEADS), decay=('all', 'matrices'), precision=('float32', 'bfloat16'), setup=tuple(SETUPS), keep_checkpoints=('all', 'ends'))
+               eval_max_steps=1, eval_windows=1, seed=0, learning_rate=0, weight_decay=0, adam_eps=0, dropout=0, attention_dropout=0)
+_CHOICES = dict(source=('collect', 'minari', 'd4rl', 'hf'), head=tuple(HEADS), decay=('all', 'matrices'), precision=('float32', 'bfloat16'), setup=tuple(SETUPS), keep_checkpoints=('all', 'ends'))
 
 def check_config(
     config: FinetuneConfig,
@@ -97,6 +97,8 @@ def check_config(
         if not _fits(value, hints[f.name]): raise InputError(f.name, _type_name(hints[f.name]), f'{value!r} ({type(value).__name__})')
         if value is None: continue
         if f.name in _CHOICES and value not in _CHOICES[f.name]: raise InputError(f.name, f'one of {", ".join(_CHOICES[f.name])}', repr(value))
+        if f.name in ('held_out', 'max_grad_norm') and not value > 0: raise InputError(f.name, 'above 0', value)
+        if f.name == 'target_returns' and not all(map(math.isfinite, value)): raise InputError(f.name, 'finite numbers', value)
         if f.name in _RANGES and not _RANGES[f.name] <= value < float('inf'): raise InputError(f.name, f'at least {_RANGES[f.name]}', value)
     task = get_task(config.task)
     if config.context_length > task.max_steps: raise InputError('context_length', f'at most {task.max_steps}, the longest episode of {task.name}', config.context_length)
@@ -117,7 +119,7 @@ def _type_name(hint):
     names = [getattr(t, '__name__', str(t)) if typing.get_origin(t) is None else 'a list of numbers' for t in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))]
     return ' or '.join(n for n in names if n != 'NoneType')
 
-# %% ../nbs/components/setups.ipynb #255530c5
+# %% ../nbs/components/setups.ipynb #4fecb693
 def resolve(
     config: FinetuneConfig,
 ) -> FinetuneConfig:  # without gaps
@@ -128,8 +130,9 @@ def resolve(
                   pad_raw_states=setup.pad_raw_states, decay=setup.decay, adam_eps=setup.adam_eps['random' if random else 'pretrained'],
                   target_returns=get_task(config.task).target_returns[:1])
     filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
-    if random and setup.random_n_head and config.activation is None: filled['n_head'] = setup.random_n_head
     config = replace(config, **filled)
+    floats = [f.name for f in fields(config) if 'float' in str(f.type) and isinstance(getattr(config, f.name), int)]
+    config = replace(config, **{k: float(getattr(config, k)) for k in floats}, target_returns=tuple(map(float, config.target_returns)))
     Architecture(config.n_layer, config.width, config.n_head, config.activation)
     return config
 
@@ -140,7 +143,7 @@ def windows_per_step(
     "Windows in a batch."
     return max(1, config.batch_size * 20 // config.context_length) if config.match_targets else config.batch_size
 
-# %% ../nbs/components/setups.ipynb #cf28d5d2
+# %% ../nbs/components/setups.ipynb #d9872515
 def make_config(
     preset: str | None = None,  # `smoke`, `mini` or `paper`; none: the defaults above
     **values,                   # any field of FinetuneConfig; wins over the preset
@@ -151,9 +154,16 @@ def make_config(
     for k in values:
         if k not in known: raise InputError(f'parameter {k!r}', f'one like {near[0]!r}' if (near := difflib.get_close_matches(k, known)) else f'one of {", ".join(known)}', 'an unknown name')
     if isinstance(values.get('target_returns'), list): values['target_returns'] = tuple(values['target_returns'])
-    return resolve(FinetuneConfig(**{**(PRESETS[preset] if preset else {}), **values}))
+    values = {**(PRESETS[preset] if preset else {}), **_setup_heads(values), **values}
+    return resolve(FinetuneConfig(**values))
 
-# %% ../nbs/components/setups.ipynb #5ede9eda
+# %% ../nbs/components/setups.ipynb #34d557ce
+def _setup_heads(values):
+    "The number of heads that a setup gives a random body, unless the caller says another."
+    setup, random = SETUPS.get(values.get('setup', 'controlled')), not is_pretrained(values.get('initialisation', 'random'))
+    return dict(n_head=setup.random_n_head) if setup and setup.random_n_head and random else {}
+
+# %% ../nbs/components/setups.ipynb #dffcdd31
 def config_hash(
     config: FinetuneConfig,  # resolved
 ) -> str:                    # 8 hexadecimal digits

@@ -16,15 +16,20 @@ from .runs import Run
 from .setups import PRESETS, FinetuneConfig, make_config, run_name, windows_per_step
 from .tasks import InputError
 
-# %% ../nbs/components/sweeps.ipynb #22fe74aa
+# %% ../nbs/components/sweeps.ipynb #5981cc3a
 def notebook_parameters(
     variables: dict,  # the notebook's `globals()`, right after the parameters
-) -> dict:
+    *known: str,      # names that it knows; with none, whoever takes the parameters checks them
+) -> dict:            # raises InputError for a name that it does not know
     "The plain values among a notebook's variables."
     plain = (str, int, float, bool, list, tuple, dict, type(None))
-    return {k: v for k, v in variables.items() if not k.startswith('_') and k not in ('In', 'Out') and isinstance(v, plain)}
+    names = [k for k, v in variables.items() if not k.startswith('_') and k not in ('In', 'Out') and isinstance(v, plain)]
+    names = variables.setdefault('_parameter_names', names)  # a cell that is run again must not take later variables for parameters
+    for name in names:
+        if known and name not in known: raise InputError(f'parameter {name!r}', f'one of {", ".join(known)}', 'an unknown name')
+    return {k: variables[k] for k in names}
 
-# %% ../nbs/components/sweeps.ipynb #334d93e8
+# %% ../nbs/components/sweeps.ipynb #2e6ca075
 def execute_notebook(
     source: str | Path,
     target: str | Path,      # the executed copy
@@ -36,11 +41,13 @@ def execute_notebook(
     source, target = Path(source).resolve(), Path(target).resolve()
     if not source.is_file(): raise InputError(str(source), 'a notebook', 'none')
     target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix('.failed.ipynb')
     environment = os.environ | {k: str(threads) for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')}
-    command = [sys.executable, '-m', 'papermill', str(source), str(target), '--cwd', str(cwd or source.parent), '--kernel', 'python3', '--no-progress-bar', '--log-level', 'ERROR']
+    command = [sys.executable, '-m', 'papermill', str(source), str(unfinished), '--cwd', str(cwd or source.parent), '--kernel', 'python3', '--no-progress-bar', '--log-level', 'ERROR']
     if parameters: command += ['--parameters_yaml', yaml.safe_dump(parameters)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode: raise RuntimeError(f'{source.name} failed: {_last_line(done.stderr)}; see {target}')
+    if done.returncode: raise RuntimeError(f'{source.name} failed: {_last_line(done.stderr)}; see {unfinished}')
+    os.replace(unfinished, target)
 
 # %% ../nbs/components/sweeps.ipynb #36121422
 def _last_line(text):
@@ -73,7 +80,7 @@ def _cross(path, table, preset, seeds, values):
         try: yield make_config(preset, **dict(zip(options, combination)))
         except InputError as e: raise InputError(f'{path}: {e.what}', e.expected, e.found) from e
 
-# %% ../nbs/components/sweeps.ipynb #7fcde36d
+# %% ../nbs/components/sweeps.ipynb #31388151
 def run_sweep(
     configs: list[FinetuneConfig],
     notebook: str | Path,      # experiments/finetune.ipynb
@@ -82,15 +89,18 @@ def run_sweep(
     progress: bool = True,
 ) -> list[Run]:                # in the order of `configs`; raises RuntimeError that lists the runs that failed
     "Execute a notebook for every run that is not finished."
+    if jobs < 1: raise InputError('jobs', 'at least 1', jobs)
     runs = [Run(Path(runs_dir) / c.task / run_name(c)) for c in configs]
     todo = [(c, r) for c, r in zip(configs, runs) if not (r.status == 'finished' and (r.path / 'finetune.ipynb').exists())]
     todo.sort(key=lambda x: _tokens(x[0]), reverse=True)
     def one(c, r): execute_notebook(notebook, r.path / 'finetune.ipynb', {**_plain(c), 'runs_dir': str(Path(runs_dir).resolve())})
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=sum(c.epochs * c.steps_per_epoch for c, _ in todo), unit='step', disable=not progress or not todo) as bar:
         futures = {pool.submit(one, c, r): r.name for c, r in todo}
-        while wait(futures, timeout=1).not_done:
-            bar.set_description(f'{sum(f.done() for f in futures)} of {len(todo)} runs')
-            bar.update(sum(c.steps_per_epoch * (r.last_epoch or 0) for c, r in todo) - bar.n)
+        try:
+            while wait(futures, timeout=1).not_done:
+                bar.set_description(f'{sum(f.done() for f in futures)} of {len(todo)} runs')
+                bar.update(sum(c.steps_per_epoch * (r.last_epoch or 0) for c, r in todo) - bar.n)
+        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise  # Ctrl-C: start no more
         bar.update(bar.total - bar.n)
     failed = {name: f.exception() for f, name in futures.items() if f.exception()}
     if failed: raise RuntimeError(f'{len(failed)} of {len(runs)} runs failed:\n' + '\n'.join(f'  {n}: {e}' for n, e in failed.items()))

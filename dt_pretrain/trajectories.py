@@ -57,7 +57,7 @@ class Trajectories:
         return (f'{self.task.name}: {len(self):,} episodes, {self.n_steps:,} steps, return {self.returns.mean():.0f} ± '
                 f'{self.returns.std():.0f}, length {self.episode_length.mean():.0f}, from {Path(self.source).name or "memory"}')
 
-# %% ../nbs/components/trajectories.ipynb #40a64057
+# %% ../nbs/components/trajectories.ipynb #edfd3ff8
 def check_trajectories(
     t: 'Trajectories',
 ):
@@ -70,11 +70,14 @@ def check_trajectories(
     if not len(start) or not n: raise InputError(name, 'at least one episode', 'none')
     if start[0] != 0 or (np.diff(start) < 1).any() or start[-1] >= n:
         raise InputError(f'{name}: episode starts', f'ascending from 0 to below {n}', np.array2string(start, threshold=6))
+    longest = np.diff(np.append(start, n)).max()
+    if longest > t.task.max_steps: raise InputError(f'{name}: episode length', f'at most {t.task.max_steps}, the time limit of {t.task.name}', longest)
     for field in ('observations', 'actions', 'rewards'):
         bad = ~np.isfinite(getattr(t, field))
         if bad.any(): raise InputError(f'{name}: {field}', 'finite numbers', f'{bad.sum()} NaN or infinite, the first at step {np.argwhere(bad)[0][0]}')
+    if np.abs(t.actions).max() > 1 + 1e-3: raise InputError(f'{name}: actions', 'values in [-1, 1]', f'up to {np.abs(t.actions).max():.3g}')
 
-# %% ../nbs/components/trajectories.ipynb #36b417d2
+# %% ../nbs/components/trajectories.ipynb #30885056
 def from_episodes(
     task: Task,
     episodes,          # iterable of dicts with `observations` (T, state_dim), `actions` (T, action_dim), `rewards` (T,)
@@ -85,6 +88,9 @@ def from_episodes(
     if not episodes: raise InputError(source or task.name, 'at least one episode', 'none')
     lengths = np.array([len(e['rewards']) for e in episodes])
     if (lengths == 0).any(): raise InputError(source or task.name, 'episodes of at least one step', f'episode {lengths.argmin()} without any')
+    for i, e in enumerate(episodes):
+        found = tuple(len(e[k]) for k in ('observations', 'actions', 'rewards'))
+        if len(set(found)) > 1: raise InputError(f'{source or task.name}, episode {i}', 'as many observations and actions as rewards', found)
     def join(key):
         try: return np.concatenate([np.asarray(e[key], dtype=np.float32) for e in episodes])
         except ValueError as e: raise InputError(f'{source or task.name}: {key}', 'arrays of one width', str(e)) from e
@@ -100,7 +106,7 @@ def take_episodes(
     start = np.append(0, data.episode_length[which].cumsum()[:-1])
     return Trajectories(data.task, data.observations[steps], data.actions[steps], data.rewards[steps], start, data.source)
 
-# %% ../nbs/components/trajectories.ipynb #f45393f0
+# %% ../nbs/components/trajectories.ipynb #b4c5dc4f
 def split_episodes(
     data: Trajectories,
     held_out: float = 0.1,  # fraction of episodes
@@ -109,7 +115,7 @@ def split_episodes(
     "Split off whole episodes at random."
     if not 0 < held_out < 1 or len(data) < 2: raise InputError('held-out fraction', 'in (0, 1), of at least 2 episodes', f'{held_out} of {len(data)}')
     order = np.random.default_rng(seed).permutation(len(data))
-    n = max(1, round(held_out * len(data)))
+    n = min(len(data) - 1, max(1, round(held_out * len(data))))
     return take_episodes(data, np.sort(order[n:])), take_episodes(data, np.sort(order[:n]))
 
 # %% ../nbs/components/trajectories.ipynb #84d634ff
@@ -211,7 +217,7 @@ def _d4rl_arrays(path, task, d4rl):
     except AssertionError as e: raise InputError(f'{path}, for {task.name}', "D4RL's arrays in the task's shapes", e) from e
     except (OSError, KeyError, RuntimeError) as e: raise InputError(str(path), 'a complete D4RL HDF5 file', e) from e
 
-# %% ../nbs/components/trajectories.ipynb #2c5efb94
+# %% ../nbs/components/trajectories.ipynb #7644b1c4
 def read_d4rl(
     task: Task | str,
     path: str | Path | None = None,  # an HDF5 file in D4RL's layout; by default D4RL's own, downloaded once
@@ -222,9 +228,10 @@ def read_d4rl(
     path = d4rl_path(task) if path is None else Path(path)
     if not path.is_file(): raise InputError(str(path), 'a D4RL HDF5 file', 'none')
     arrays = _d4rl_arrays(path, task, d4rl)
+    steps = ('observations', 'actions', 'rewards', 'terminals', 'timeouts')
     if 'timeouts' not in arrays: raise InputError(str(path), "an array 'timeouts', as in all -v2 files", ', '.join(arrays))
     env = type('Recorded', (), dict(_max_episode_steps=task.max_steps))()
-    return from_episodes(task, d4rl.sequence_dataset(env, arrays), source=str(path))
+    return from_episodes(task, d4rl.sequence_dataset(env, {k: arrays[k] for k in steps}), source=str(path))
 
 # %% ../nbs/components/trajectories.ipynb #d6d133b0
 HF_MIRROR = 'edbeeching/decision_transformer_gym_replay'

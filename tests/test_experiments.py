@@ -41,6 +41,13 @@ def test_bad_parameters_stop_before_anything_runs(experiment, tmp_path, paramete
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("notebook", ["experiments/collect", "experiments/train_policies", "findings/0_sanity", "index"])
+def test_unknown_parameters_are_refused_everywhere(top, tmp_path, notebook):
+    with pytest.raises(RuntimeError, match="parameter 'sead': expected one of .*, found an unknown name"):
+        execute_notebook(top / "nbs" / f"{notebook}.ipynb", tmp_path / "out.ipynb", dict(sead=3))
+    assert [p.name for p in tmp_path.iterdir()] == ["out.failed.ipynb"]
+
+
 def test_sweep_keeps_going_and_is_not_repeated(top, tmp_path):
     notebook = top / "nbs/experiments/finetune.ipynb"
     good, bad = make_config("smoke", seed=3), make_config("smoke", seed=3, source="minari", path=str(tmp_path / "nothing"))

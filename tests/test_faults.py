@@ -56,6 +56,34 @@ def test_training_state_of_another_model(run):
         finetune(make_config("smoke"), run.path.parents[1], progress=False)
 
 
+def test_gradient_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
+    from dt_pretrain.finetuning import Trainer
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self: (step(self)[0], torch.tensor(float("nan"))))
+    with pytest.raises(FloatingPointError, match="gradient norm nan at step 1"):
+        finetune(make_config("smoke", seed=7), tmp_path, progress=False)
+
+
+def test_nan_in_a_file_is_named(tmp_path):
+    import h5py
+    n = {"observations": (9, 11), "actions": (9, 3), "rewards": (9,), "terminals": (9,), "timeouts": (9,)}
+    with h5py.File(tmp_path / "nan.hdf5", "w") as f:
+        for key, shape in n.items():
+            f[key] = torch.zeros(shape).numpy() if key[0] in "oar" else torch.arange(9).eq(8).numpy()
+        f["rewards"][4] = float("nan")
+    with pytest.raises(InputError, match=r"nan.hdf5: rewards: expected finite numbers, found 1 NaN or infinite, the first at step 4"):
+        load_trajectories("hopper-medium", "d4rl", tmp_path / "nan.hdf5")
+
+
+def test_d4rl_gives_the_same_references():
+    "The environment that make builds has d4rl, so this must not be skipped."
+    from dt_pretrain.tasks import get_task, import_d4rl, normalized_score, task_names
+    d4rl = import_d4rl()
+    for name in task_names():
+        assert normalized_score(name, 1234.5) == pytest.approx(100 * d4rl.get_normalized_score(get_task(name).d4rl_name, 1234.5), rel=1e-12)
+        assert get_task(name).d4rl_name in d4rl.infos.DATASET_URLS
+
+
 def test_configuration_from_a_newer_version(run):
     path = run.path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(flux_capacitor=1)))

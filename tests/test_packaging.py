@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from configparser import ConfigParser
 from importlib.metadata import distributions, version
@@ -22,7 +23,9 @@ def canonical(name):
 
 
 def test_every_installed_package_is_pinned(pins):
-    installed = {canonical(d.name): d.version.split("+")[0] for d in distributions()}
+    site_packages = sysconfig.get_path("purelib")   # not what setuptools carries inside itself
+    installed = {canonical(d.name): d.version.split("+")[0] for d in distributions(path=[site_packages])}
+    assert "torch" in installed
     tools = {"pip", "setuptools", "wheel", "dt-pretrain"}
     assert {n: v for n, v in installed.items() if n not in tools and pins.get(n) != v and not n.startswith(("nvidia", "triton", "cuda"))} == {}
 
