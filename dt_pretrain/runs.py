@@ -82,13 +82,13 @@ def read_table(
     try: return pd.read_parquet(path)
     except (OSError, ValueError) as e: raise InputError(str(path), 'a complete parquet file', e) from e
 
-# %% ../nbs/components/runs.ipynb #73beeb6b
+# %% ../nbs/components/runs.ipynb #f7a4b5a0
 @patch(as_prop=True)
 def metrics(self: Run) -> pd.DataFrame:  # a row an epoch and target return
     "The run's metrics up to its last complete epoch, with task, initialisation, setup, context_length, seed, head and action targets a step."
     path = self.path / 'metrics.parquet'
     table, c = read_table(path), self.config
-    return table[table.epoch <= self.last_epoch].assign(task=c.task, initialisation=c.initialisation, setup=c.setup, context_length=c.context_length, seed=c.seed,
+    return table[table.epoch <= self.last_epoch].assign(task=c.task, initialisation=c.initialisation, setup=c.setup, context_length=c.context_length, seed=c.seed, donor=c.donor, block=c.block,
                                                      head=c.head, targets=windows_per_step(c) * c.context_length, run=self.path.name)
 
 # %% ../nbs/components/runs.ipynb #e07def2d

@@ -4,11 +4,11 @@
 __all__ = ['SETUPS', 'PRESETS', 'Setup', 'FinetuneConfig', 'check_config', 'resolve', 'windows_per_step', 'make_config',
            'config_hash', 'run_name']
 
-# %% ../nbs/components/setups.ipynb #14fcc7b0
+# %% ../nbs/components/setups.ipynb #9e816516
 import difflib, hashlib, json, math, re, types, typing
 from dataclasses import asdict, dataclass, fields, replace
 
-from .backbones import Architecture, is_pretrained
+from .backbones import Architecture, parse_initialisation
 from .decision_transformer import HEADS
 from .tasks import InputError, get_task
 
@@ -33,14 +33,14 @@ SETUPS = {s.name: s for s in (
           match_targets=True, pad_raw_states=False, decay='matrices'),
 )}
 
-# %% ../nbs/components/setups.ipynb #7b65fe28
+# %% ../nbs/components/setups.ipynb #c7372fe7
 PRESETS = dict(
     smoke=dict(n_layer=2, width=32, n_head=2, n_steps=3000, epochs=2, steps_per_epoch=4, warmup_steps=4, batch_size=4, eval_episodes=2, eval_max_steps=20, eval_windows=64),
     mini=dict(n_layer=3, width=128, n_head=4, n_steps=100_000, epochs=6, steps_per_epoch=100, warmup_steps=100, learning_rate=1e-3, eval_episodes=10, precision='bfloat16'),
-    paper=dict(n_layer=12, width=768, n_head=12, source='d4rl', epochs=40, steps_per_epoch=2500, warmup_steps=5000, eval_episodes=100, precision='bfloat16'),
+    paper=dict(n_layer=12, width=768, n_head=12, scale='hub', source='d4rl', epochs=40, steps_per_epoch=2500, warmup_steps=5000, eval_episodes=100, precision='bfloat16'),
 )
 
-# %% ../nbs/components/setups.ipynb #20b6e60e
+# %% ../nbs/components/setups.ipynb #c6527d36
 @dataclass(frozen=True)
 class FinetuneConfig:
     "Everything that defines a run."
@@ -49,15 +49,19 @@ class FinetuneConfig:
     setup: str = 'controlled'
     context_length: int = 20             # K, time steps that the model sees
     seed: int = 0                        # of weights, sampling, dropout and evaluation
+    scale: str = 'mini'                  # `language` and `image` are the shipped models, or those of the paper: `hub`
+    revision: str | None = None          # commit or tag of weights from the hub
+    donor: str | None = None             # an initialisation whose block is put into the backbone
+    block: int | None = None             # which one, 0 for the first
     # data
     source: str = 'collect'              # as in `load_trajectories`
     path: str | None = None              # of the data, where the source needs one
     n_steps: int = 100_000               # steps to collect
     held_out: float = 0.1                # fraction of episodes kept for the held-out error
     # model
-    n_layer: int = 3                     # blocks of a random body
-    width: int = 128                     # its width
-    n_head: int = 4                      # its attention heads; by the setup where it says
+    n_layer: int | None = 3              # blocks of a random body; None: the weights bring an architecture
+    width: int | None = 128              # its width
+    n_head: int | None = 4               # its attention heads; by the setup where it says
     activation: str | None = None        # its activation; by the setup, else gelu_new
     dropout: float = 0.2
     attention_dropout: float = 0.1
@@ -82,10 +86,10 @@ class FinetuneConfig:
     target_returns: tuple[float, ...] | None = None  # returns to aim for; by the task, its main one
     keep_checkpoints: str = 'all'        # or `ends`: epoch 0 and the last
 
-# %% ../nbs/components/setups.ipynb #b803d9b3
-_RANGES = dict(context_length=1, n_steps=1, n_layer=1, width=1, n_head=1, epochs=1, steps_per_epoch=1, batch_size=1, warmup_steps=0, eval_episodes=1,
+# %% ../nbs/components/setups.ipynb #95a8e02e
+_RANGES = dict(context_length=1, block=0, n_steps=1, n_layer=1, width=1, n_head=1, epochs=1, steps_per_epoch=1, batch_size=1, warmup_steps=0, eval_episodes=1,
                eval_max_steps=1, eval_windows=1, seed=0, learning_rate=0, weight_decay=0, adam_eps=0, dropout=0, attention_dropout=0)
-_CHOICES = dict(source=('collect', 'minari', 'd4rl', 'hf'), head=tuple(HEADS), decay=('all', 'matrices'), precision=('float32', 'bfloat16'), setup=tuple(SETUPS), keep_checkpoints=('all', 'ends'))
+_CHOICES = dict(source=('collect', 'minari', 'd4rl', 'hf'), head=tuple(HEADS), decay=('all', 'matrices'), precision=('float32', 'bfloat16'), setup=tuple(SETUPS), scale=('mini', 'hub'), keep_checkpoints=('all', 'ends'))
 
 def check_config(
     config: FinetuneConfig,
@@ -102,6 +106,7 @@ def check_config(
         if f.name in _RANGES and not _RANGES[f.name] <= value < float('inf'): raise InputError(f.name, f'at least {_RANGES[f.name]}', value)
     task = get_task(config.task)
     if config.context_length > task.max_steps: raise InputError('context_length', f'at most {task.max_steps}, the longest episode of {task.name}', config.context_length)
+    if (config.donor is None) != (config.block is None): raise InputError('donor and block', 'both, or none', (config.donor, config.block))
     for name in ('dropout', 'attention_dropout', 'held_out'):
         if not getattr(config, name) < 1: raise InputError(name, 'below 1', getattr(config, name))
 
@@ -119,31 +124,39 @@ def _type_name(hint):
     names = [getattr(t, '__name__', str(t)) if typing.get_origin(t) is None else 'a list of numbers' for t in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))]
     return ' or '.join(n for n in names if n != 'NoneType')
 
-# %% ../nbs/components/setups.ipynb #4fecb693
+# %% ../nbs/components/setups.ipynb #21ca7fb5
 def resolve(
     config: FinetuneConfig,
 ) -> FinetuneConfig:  # without gaps
     "Fill what setup, initialisation and task decide."
     check_config(config)
-    setup, random = SETUPS[config.setup], not is_pretrained(config.initialisation)
-    filled = dict(head=setup.head, activation=(setup.random_activation if random else None) or 'gelu_new', match_targets=setup.match_targets,
-                  pad_raw_states=setup.pad_raw_states, decay=setup.decay, adam_eps=setup.adam_eps['random' if random else 'pretrained'],
-                  target_returns=get_task(config.task).target_returns[:1])
-    filled = {k: v for k, v in filled.items() if getattr(config, k) is None}
-    config = replace(config, **filled)
+    setup, start = SETUPS[config.setup], parse_initialisation(config.initialisation)
+    filled = dict(head=setup.head, match_targets=setup.match_targets, pad_raw_states=setup.pad_raw_states, decay=setup.decay, adam_eps=setup.adam_eps['pretrained' if start.pretrained else 'random'],
+                  target_returns=get_task(config.task).target_returns[:1], activation=setup.random_activation or 'gelu_new')
+    config = replace(config, **{k: v for k, v in filled.items() if getattr(config, k) is None})
+    if start.brings_architecture: config = replace(config, **dict.fromkeys(_SHAPE))
+    else: _check_shape(config)
     floats = [f.name for f in fields(config) if 'float' in str(f.type) and isinstance(getattr(config, f.name), int)]
     config = replace(config, **{k: float(getattr(config, k)) for k in floats}, target_returns=tuple(map(float, config.target_returns)))
-    Architecture(config.n_layer, config.width, config.n_head, config.activation)
     return config
 
-# %% ../nbs/components/setups.ipynb #c8575357
+# %% ../nbs/components/setups.ipynb #77ab71e5
+_SHAPE = ('n_layer', 'width', 'n_head', 'activation')
+
+def _check_shape(config):
+    "Raise InputError unless a random body can be built."
+    for name in _SHAPE[:3]:
+        if getattr(config, name) is None: raise InputError(name, 'a whole number, because random weights have no architecture of their own', None)
+    Architecture(config.n_layer, config.width, config.n_head, config.activation)
+
+# %% ../nbs/components/setups.ipynb #0ba5a4f2
 def windows_per_step(
     config: FinetuneConfig,  # resolved
 ) -> int:
     "Windows in a batch."
     return max(1, config.batch_size * 20 // config.context_length) if config.match_targets else config.batch_size
 
-# %% ../nbs/components/setups.ipynb #d9872515
+# %% ../nbs/components/setups.ipynb #a6af5fe9
 def make_config(
     preset: str | None = None,  # `smoke`, `mini` or `paper`; none: the defaults above
     **values,                   # any field of FinetuneConfig; wins over the preset
@@ -154,16 +167,19 @@ def make_config(
     for k in values:
         if k not in known: raise InputError(f'parameter {k!r}', f'one like {near[0]!r}' if (near := difflib.get_close_matches(k, known)) else f'one of {", ".join(known)}', 'an unknown name')
     if isinstance(values.get('target_returns'), list): values['target_returns'] = tuple(values['target_returns'])
-    values = {**(PRESETS[preset] if preset else {}), **_setup_heads(values), **values}
-    return resolve(FinetuneConfig(**values))
+    config = FinetuneConfig(**{**(PRESETS[preset] if preset else {}), **_setup_heads(values), **values})
+    check_config(config)
+    if given := [k for k in _SHAPE if values.get(k) is not None and parse_initialisation(config.initialisation).brings_architecture]:
+        raise InputError(f'{given[0]} with initialisation {config.initialisation!r}', 'none, because the weights bring their own', values[given[0]])
+    return resolve(config)
 
-# %% ../nbs/components/setups.ipynb #34d557ce
+# %% ../nbs/components/setups.ipynb #ea67027b
 def _setup_heads(values):
     "The number of heads that a setup gives a random body, unless the caller says another."
-    setup, random = SETUPS.get(values.get('setup', 'controlled')), not is_pretrained(values.get('initialisation', 'random'))
-    return dict(n_head=setup.random_n_head) if setup and setup.random_n_head and random else {}
+    setup = SETUPS.get(values.get('setup', 'controlled'))
+    return dict(n_head=setup.random_n_head) if setup and setup.random_n_head else {}
 
-# %% ../nbs/components/setups.ipynb #dffcdd31
+# %% ../nbs/components/setups.ipynb #f7ea341c
 def config_hash(
     config: FinetuneConfig,  # resolved
 ) -> str:                    # 8 hexadecimal digits
@@ -175,4 +191,5 @@ def run_name(
 ) -> str:
     "Readable name of a run, with its hash."
     init = re.sub('[^A-Za-z0-9.]+', '-', config.initialisation).strip('-.')[-40:] or 'local'
+    if config.donor: init += f'-block{config.block}-' + re.sub('[^A-Za-z0-9.]+', '-', config.donor).strip('-.')[-20:]
     return f'{config.setup}-{init}-K{config.context_length}-s{config.seed}-{config_hash(config)}'
