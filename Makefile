@@ -19,7 +19,7 @@ install: $(READY)  ## set up .venv with the pinned packages (the other targets d
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v=sys.version_info[:2]; sys.exit(0 if v >= (3,11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,d4rl]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,d4rl,gguf]'
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps d4rl
 	@touch $@
 

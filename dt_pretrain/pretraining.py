@@ -227,7 +227,7 @@ def _update(model, tokens, optimizer, schedule):
     optimizer.step(); schedule.step()
     return loss.detach()
 
-# %% ../nbs/components/pretraining.ipynb #92a2d222
+# %% ../nbs/components/pretraining.ipynb #8b58410c
 def save_pretrained(
     model,
     corpus: Corpus,
@@ -243,7 +243,8 @@ def save_pretrained(
                 held_out_bits=dict(model=held_out_bits(model, corpus), **baseline_bits(corpus)), **about, versions={p: version(p) for p in ('torch', 'transformers')}, curve=curve)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.' + folder.name))
-    model.save_pretrained(tmp); (tmp / 'card.json').write_text(json.dumps(card, indent=1)); tmp.chmod(0o755)
+    model.save_pretrained(tmp); (tmp / 'card.json').write_text(json.dumps(card, indent=1))
+    for f in (tmp, *tmp.iterdir()): f.chmod(0o755 if f.is_dir() else 0o644)
     if folder.exists(): shutil.rmtree(folder)
     tmp.rename(folder)
     return card

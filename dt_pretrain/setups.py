@@ -33,10 +33,10 @@ SETUPS = {s.name: s for s in (
           match_targets=True, pad_raw_states=False, decay='matrices'),
 )}
 
-# %% ../nbs/components/setups.ipynb #c7372fe7
+# %% ../nbs/components/setups.ipynb #7905ab8e
 PRESETS = dict(
-    smoke=dict(n_layer=2, width=32, n_head=2, n_steps=3000, epochs=2, steps_per_epoch=4, warmup_steps=4, batch_size=4, eval_episodes=2, eval_max_steps=20, eval_windows=64),
-    mini=dict(n_layer=3, width=128, n_head=4, n_steps=100_000, epochs=6, steps_per_epoch=100, warmup_steps=100, learning_rate=1e-3, eval_episodes=10, precision='bfloat16'),
+    smoke=dict(n_steps=3000, epochs=2, steps_per_epoch=4, warmup_steps=4, batch_size=4, eval_episodes=2, eval_max_steps=20, eval_windows=64),
+    mini=dict(n_layer=3, width=128, n_head=4, n_steps=100_000, epochs=6, steps_per_epoch=100, batch_size=32, warmup_steps=100, learning_rate=1e-3, eval_episodes=10, precision='bfloat16'),
     paper=dict(n_layer=12, width=768, n_head=12, scale='hub', source='d4rl', epochs=40, steps_per_epoch=2500, warmup_steps=5000, eval_episodes=100, precision='bfloat16'),
 )
 
