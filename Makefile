@@ -23,8 +23,8 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps d4rl
 	@touch $@
 
-report: $(READY)  ## collect data, run the experiments, execute the pages, render _site/ (PRESET=smoke|mini, JOBS=2)
-	$(BIN)/dt-pretrain report --preset $(PRESET) --jobs $(JOBS)
+report: $(READY)  ## collect data, run the experiments, execute the pages, render _site/ (PRESET=smoke|mini, JOBS=2, SEEDS=n)
+	$(BIN)/dt-pretrain report --preset $(PRESET) --jobs $(JOBS) $(if $(SEEDS),--seeds $(SEEDS))
 
 site: $(READY)  ## render the site from what is there, without running an experiment
 	$(BIN)/dt-pretrain site
