@@ -31,7 +31,7 @@ class Claim:
     smallest: float   # effect that would matter
     published: str    # the paper's own evidence, with its numbers where it gives some
 
-# %% ../nbs/components/findings.ipynb #531dc606
+# %% ../nbs/components/findings.ipynb #1d71bb10
 CLAIMS = {c.number: c for c in (
     Claim(1, 'Pre-trained models change their representations more', 'Reuse of features may not be the cause: pre-trained models change their representations more in fine-tuning than random ones.',
           'change of representations (1 - CKA, before against after), language - random', 'permuted language weights', .1, 'CKA of GPT-2 and ImageGPT below random init in most layers (Fig. 1; one neuron a layer, one seed)'),
@@ -45,7 +45,7 @@ CLAIMS = {c.number: c for c in (
           'mean held-out error over training at K=1, random - language', 'permuted language weights', .01, 'hopper score at K=1: GPT-2 81.3 +- 2.5, random -0.3 +- 0.1 (Table 2; 2 seeds, best of 40)'),
     Claim(6, 'A single pre-trained block is enough to help', 'Even one block of the language model in a random model makes it learn more efficiently.',
           'mean held-out error over training at K=1, random block - language block', 'a permuted block', .01, 'curves with one GPT-2 block fall faster (Fig. 9; one seed)'),
-    Claim(7, 'A way to use context, learned before, is a cause', 'Pre-trained models already use context in a way that serves, and keep it.',
+    Claim(7, 'A way to use context, learned before, is kept', 'Pre-trained models already use context in a way that serves, and keep it; this may be a cause of their efficiency.',
           'how much the action depends on past steps before training that is still so after it, language - random', 'permuted language weights', .05, 'attention distance of GPT-2 changes less in fine-tuning (Fig. 10; one seed)'),
 )}
 
@@ -175,7 +175,7 @@ def spell(
     interval = f'95 % interval {low:.{digits}f} to {high:.{digits}f}' if math.isfinite(high - low) else 'one seed, no interval'
     return f'{mean:.{digits}f} ({interval})'
 
-# %% ../nbs/components/findings.ipynb #1690ffd5
+# %% ../nbs/components/findings.ipynb #957fe99b
 def conclude(
     number: int,           # of the claim
     effect: tuple,         # mean, lower and upper end, seeds: from `paired_difference`
@@ -191,5 +191,6 @@ def conclude(
     verdict = judge(effect[:3], beyond[:3], claim.smallest, seeds, preset)
     write_result(results_dir or results_folder(), number=number, claim=claim.title, verdict=verdict, effect=effect[0], interval=list(effect[1:3]), effect_unit=claim.effect, beyond=list(beyond[:3]),
                  seeds=seeds, preset=preset, task=task, published=claim.published, paper_protocol=paper_protocol, summary=summary)
+    small = ' It is there, but smaller than what we said would matter.' if verdict == 'supported' and effect[0] < claim.smallest else ''
     return (f'::: {{.verdict .{verdict.replace(" ", "-")}}}\n**{verdict.capitalize()}: {claim.title[0].lower() + claim.title[1:]}.** {summary}\n\n'
-            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {seeds} seeds, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.\n:::')
+            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {seeds} seeds, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}\n:::')

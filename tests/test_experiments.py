@@ -7,7 +7,7 @@ import pytest
 
 from dt_pretrain.runs import Run, find_runs
 from dt_pretrain.setups import make_config, run_name
-from dt_pretrain.sweeps import execute_notebook, read_sweep, run_sweep
+from dt_pretrain.sweeps import execute_notebook, run_sweep
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_bad_parameters_stop_before_anything_runs(experiment, tmp_path, paramete
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("notebook", ["experiments/collect", "experiments/train_policies", "findings/0_sanity", "index"])
+@pytest.mark.parametrize("notebook", ["experiments/collect", "experiments/train_policies", "experiments/pretrain", "findings/0_sanity", "findings/5_no_context", "index"])
 def test_unknown_parameters_are_refused_everywhere(top, tmp_path, notebook):
     with pytest.raises(RuntimeError, match="parameter 'sead': expected one of .*, found an unknown name"):
         execute_notebook(top / "nbs" / f"{notebook}.ipynb", tmp_path / "out.ipynb", dict(sead=3))
@@ -61,18 +61,19 @@ def test_sweep_keeps_going_and_is_not_repeated(top, tmp_path):
 
 
 def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
-    "The chain that `make report` promises, but for the rendering, which the site's tests cover."
-    from dt_pretrain.report import keep, report
+    "What `make report` promises: all runs, all pages, the site."
+    from dt_pretrain.report import all_runs, keep, report
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("DT_PRETRAIN_RUNS", str(tmp_path / "runs"))
-    report("smoke", jobs=2, site=False, say=lambda *_: None)
-    configs = read_sweep(checkout / "nbs/experiments/sweeps/sanity.toml", "smoke")
+    front = report("smoke", jobs=2, say=lambda *_: None)
+    configs = all_runs(checkout / "nbs", "smoke", "hopper-medium")
     assert sorted(r.path.name for r in find_runs(tmp_path / "runs")) == sorted(map(run_name, configs))
-    result = json.loads((checkout / "_report/pages/findings/results/0.json").read_text())
-    assert (result["preset"], result["verdict"]) == ("smoke", "inconclusive")
+    results = [json.loads((checkout / f"_report/pages/findings/results/{n}.json").read_text()) for n in range(8)]
+    assert {(r["preset"], r["verdict"]) for r in results} == {("smoke", "inconclusive")}
     metrics = pd.concat(r.metrics for r in find_runs(tmp_path / "runs"))
     assert set(metrics.epoch) == {0, 1, 2} and metrics[["held_out_error", "return_mean"]].notna().all().all()
     home = (checkout / "_report/pages/index.ipynb").read_text()
-    assert "inconclusive" in home and "injected-parameters" not in home
+    assert "7 are inconclusive" in home and "injected-parameters" not in home
+    assert all(f"findings/{p.stem}.html" in front.read_text() for p in (checkout / "nbs/findings").glob("[1-7]_*.ipynb"))
     keep(say=lambda *_: None)
     assert "inconclusive" in (checkout / "README.md").read_text()
