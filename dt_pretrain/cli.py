@@ -48,7 +48,38 @@ def _values(pairs):
         except tomllib.TOMLDecodeError: values[name] = None if text == 'None' else text
     return values
 
-# %% ../nbs/components/cli.ipynb #5699c731
+# %% ../nbs/components/cli.ipynb #7f9e7ee3
+def _configs(args):
+    "The runs that a sweep file asks for, and where they live."
+    from dt_pretrain.runs import runs_folder
+    from dt_pretrain.sweeps import read_sweep
+    return read_sweep(args.file, args.preset, args.seeds, **({'task': args.task} if args.task else {})), args.runs_dir or runs_folder()
+
+def _sweep(args):
+    from dt_pretrain.collection import collected
+    from dt_pretrain.report import checkout
+    from dt_pretrain.sweeps import local, on_ray, run_sweep, status_text, sweep_status
+    configs, folder = _configs(args)
+    if args.dry_run: return print(_plan(configs, folder))
+    engine, notebook = local(args.jobs) if args.engine == 'local' else on_ray(args.address, args.gpus_per_run), checkout() / 'nbs' / 'experiments' / 'finetune.ipynb'
+    for name, n in sorted({(c.task, c.n_steps) for c in configs if c.source == 'collect'}): collected(name, n)
+    run_sweep(configs, notebook, folder, engine=engine)
+    print(status_text(sweep_status(configs, folder)))
+
+def _status(args):
+    from dt_pretrain.sweeps import status_text, sweep_status
+    print(status_text(sweep_status(*_configs(args))))
+
+# %% ../nbs/components/cli.ipynb #fca84f36
+def _plan(configs, folder):
+    "The table of a dry run."
+    from dt_pretrain.sweeps import estimates, finished_runs, status_text, sweep_status
+    table = sweep_status(configs, folder)
+    cost = estimates(configs, finished_runs(folder)).rename(columns={'seconds': 'estimate'})
+    cost[table.state == 'done'] = [0, '']
+    return f'{status_text(table.join(cost))}; {cost.estimate.sum() / 3600:.1f} hours to go, one run after the other'
+
+# %% ../nbs/components/cli.ipynb #bc8690d5
 def _doctor(args):
     import platform, shutil, torch
     from importlib.metadata import PackageNotFoundError, version
@@ -63,7 +94,7 @@ def _doctor(args):
              'datasets': f'{", ".join(datasets) or "none"} in {cache_folder()}', 'runs': f'{len(find_runs(runs_folder()))} finished of {len(find_runs(runs_folder(), finished=False))} in {runs_folder()}'}
     for k, v in facts.items(): print(f'{k:18} {v}')
 
-# %% ../nbs/components/cli.ipynb #d83390c4
+# %% ../nbs/components/cli.ipynb #ac6e8ac2
 def _parser():
     p = argparse.ArgumentParser('dt-pretrain', description='Why do transformers pre-trained on text fine-tune quickly to offline reinforcement learning?')
     p.add_argument('--version', action='version', version=__version__)
@@ -80,6 +111,13 @@ def _parser():
     c.add_argument('--set', nargs='*', default=[], metavar='name=value', help='any other value of the configuration, such as setup=paper context_length=1 seed=3')
     c.add_argument('--runs-dir', help="where runs live (default: the project's runs/)")
     c.add_argument('--device', help='cpu or cuda (default: the GPU if there is one)')
+    for name, func, help in (('sweep', _sweep, 'run a grid of runs, here or on a cluster; what is done is left out'), ('status', _status, 'say which runs of a sweep are done, running, failed, stopped or to do')):
+        c = command(name, func, help); preset(c)
+        c.add_argument('file', help='a TOML file with [[runs]] tables, or the name of one in nbs/experiments/sweeps')
+        c.add_argument('--task', choices=task_names(), help='instead of what the file says (without either: hopper-medium)')
+        c.add_argument('--seeds', type=int, help='seeds of every arm, instead of what the file says')
+        c.add_argument('--runs-dir', help="where runs live (default: the project's runs/)")
+        if name == 'sweep': _engine_options(c)
     c = command('collect', _collect, 'get a dataset and say what is in it'); task(c)
     c.add_argument('--source', default='collect', help='collect (default), minari, d4rl or hf')
     c.add_argument('--path', help='file or folder to read')
@@ -89,13 +127,22 @@ def _parser():
     command('doctor', _doctor, 'say what is installed, collected and finished')
     return p
 
-# %% ../nbs/components/cli.ipynb #7c3a0c65
+# %% ../nbs/components/cli.ipynb #2f95fd80
+def _engine_options(c):
+    c.add_argument('--dry-run', action='store_true', help='print the table of runs with cost estimates, run nothing')
+    c.add_argument('--engine', choices=['local', 'ray'], default='local', help='this machine, or a Ray cluster (default: %(default)s)')
+    c.add_argument('--jobs', type=int, default=2, help='engine local: runs at a time (default: %(default)s)')
+    c.add_argument('--address', help="engine ray: the cluster's head, or `auto` on one of its machines (default: start Ray on this machine)")
+    c.add_argument('--gpus-per-run', type=float, default=0, help='engine ray: share of a GPU that a run gets, such as 0.5 (default: none, runs work on CPUs)')
+
+# %% ../nbs/components/cli.ipynb #73a0addf
 def main(
     args: list[str] | None = None,  # the command line by default
-) -> int:                           # exit code: 0, 1 when a run or page failed, 2 for bad input, 130 when interrupted
+) -> int:                           # exit code, as above
     "The command `dt-pretrain`."
     args = _parser().parse_args(args)
     try: args.func(args)
+    except SystemExit as e: print(f'dt-pretrain: {e}; the same command goes on from here', file=sys.stderr); return e.code
     except InputError as e: print(f'dt-pretrain: {e}', file=sys.stderr); return 2
     except (RuntimeError, FloatingPointError, ImportError, OSError) as e: print(f'dt-pretrain: {e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('dt-pretrain: stopped; the same command goes on from here', file=sys.stderr); return 130

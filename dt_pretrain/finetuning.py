@@ -4,8 +4,9 @@
 __all__ = ['build_backbone', 'build_model', 'load_data', 'stream', 'load_model', 'parameter_groups', 'Trainer', 'default_device',
            'finetune']
 
-# %% ../nbs/components/finetuning.ipynb #18fdd663
+# %% ../nbs/components/finetuning.ipynb #84b46496
 import time
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from .backbones import Architecture, adapter_of, describe, load_backbone, parse_
 from .collection import load_trajectories
 from .decision_transformer import DecisionTransformer, action_error
 from .rollouts import rollout
-from .runs import Run, environment, load_tensors, load_weights, open_run
+from .runs import Preempted, Run, Sigterm, check_weights, environment, load_tensors, load_weights, open_run
 from .setups import FinetuneConfig, make_config, windows_per_step
 from .tasks import InputError, get_task
 from .trajectories import ContextSampler, split_episodes
@@ -80,11 +81,12 @@ def parameter_groups(
     if decay == 'all': return [group(named, weight_decay)]
     return [group([x for x in named if x[1].ndim > 1], weight_decay), group([x for x in named if x[1].ndim < 2], 0.)]
 
-# %% ../nbs/components/finetuning.ipynb #1acc6d64
+# %% ../nbs/components/finetuning.ipynb #2a6e699b
 class Trainer:
     "Model, data and optimiser of a run."
     def __init__(self, config: FinetuneConfig, device='cpu', progress=True):
-        self.config, self.device, self.step = config, torch.device(device), 0
+        self.config, self.device, self.step, self.rows = config, torch.device(device), 0, []
+        self.hold = nullcontext  # what an update, once begun, is protected from: nothing
         self.train_data, held_out = load_data(config, progress)
         self.model = build_model(config).to(device)
         self.groups = parameter_groups(self.model, config.weight_decay, config.decay)
@@ -112,21 +114,22 @@ def train_step(self: Trainer):  # loss and norm of the gradient before clipping,
     self.step += 1
     return loss.detach(), norm
 
-# %% ../nbs/components/finetuning.ipynb #a244b183
+# %% ../nbs/components/finetuning.ipynb #38fdc1f8
 @patch
 def train_epoch(self: Trainer,
     bar,                # progress bar
 ) -> dict:              # this epoch's training metrics
     "`steps_per_epoch` updates."
     self.model.train()
-    rows, first, every = [], self.step, max(1, self.config.steps_per_epoch // 10)
-    for i in range(self.config.steps_per_epoch):
-        rows.append(torch.stack(self.train_step())); bar.update()
-        if (i + 1) % every and i + 1 < self.config.steps_per_epoch: continue
-        seen = torch.stack(rows).cpu()  # (i+1, 2)
+    n, first, every = self.config.steps_per_epoch, self.step - len(self.rows), max(1, self.config.steps_per_epoch // 10)
+    for i in range(len(self.rows), n):
+        with self.hold(): self.rows.append(torch.stack(self.train_step()))
+        bar.update()
+        if (i + 1) % every and i + 1 < n: continue
+        seen = torch.stack(self.rows).cpu()  # (i+1, 2)
         if (bad := ~seen.isfinite().all(1)).any(): raise FloatingPointError('loss {:.3g} and gradient norm {:.3g} at step {}; the last complete epoch is kept'.format(*seen[bad][0].tolist(), first + bad.int().argmax().item() + 1))
         bar.set_postfix({**getattr(bar, 'last', {}), 'loss': f'{seen[-every:, 0].mean():.3f}'})
-    loss, norm = seen.T
+    loss, norm = torch.stack(self.rows).cpu().T
     clip = self.config.max_grad_norm
     return dict(train_error=loss.mean().item(), last_batch_error=loss[-1].item(), gradient_norm=norm.mean().item(), clipped=(norm > clip).float().mean().item() if clip else 0.)
 
@@ -159,7 +162,7 @@ def evaluate(self: Trainer) -> list[dict]:  # one for each target return, all ep
         rows.append(dict(target_return=target, return_mean=d['return'].mean(), return_std=d['return'].std(ddof=0), score_mean=d.score.mean(), length_mean=d.length.mean(), returns=d['return'].tolist()))
     return rows
 
-# %% ../nbs/components/finetuning.ipynb #e7bcfcd1
+# %% ../nbs/components/finetuning.ipynb #9d9482bb
 @patch
 def state(self: Trainer) -> dict[str, torch.Tensor]:
     "Everything but the weights that training needs to go on."
@@ -167,32 +170,60 @@ def state(self: Trainer) -> dict[str, torch.Tensor]:
     moments = {f'adam.{names[i]}.{k}': v for i, s in self.optimizer.state_dict()['state'].items() for k, v in s.items()}
     generators = dict(sampler=self.sampler.generator.get_state(), torch=torch.get_rng_state())
     if self.device.type == 'cuda': generators['cuda'] = torch.cuda.get_rng_state(self.device)
-    return moments | {f'generator.{k}': v for k, v in generators.items()} | dict(step=torch.tensor(self.step))
+    rows = torch.stack(self.rows) if self.rows else torch.empty(0, 2)
+    return moments | {f'generator.{k}': v for k, v in generators.items()} | dict(step=torch.tensor(self.step), rows=rows)
 
-# %% ../nbs/components/finetuning.ipynb #5bb36bff
+# %% ../nbs/components/finetuning.ipynb #61144231
 @patch
-def restore(self: Trainer,
-    run: Run,
-):
-    "Go back to the run's last complete epoch."
-    load_weights(self.model, run.checkpoint_path(run.last_epoch))
-    state, _ = load_tensors(run.resume_path(run.last_epoch))
+def _read(self: Trainer, weights, state):
+    "Weights and training state from two files, or from one; raises InputError unless they are this model's."
+    tensors, _ = load_tensors(weights)
+    if weights == state: tensors = {k[6:]: v for k, v in tensors.items() if k.startswith('model.')}
+    check_weights(self.model, tensors, weights)
+    found, own = load_tensors(state)[0], {n: p for g in self.groups for n, p in zip(g['names'], g['params'])}
+    expected = {k: v.shape for k, v in self.state().items() if k.split('.')[0] in ('step', 'generator') and k != 'generator.cuda'}
+    if found.get('step', 0) > 0: expected |= {f'adam.{n}.{k}': p.shape for n, p in own.items() for k in ('exp_avg', 'exp_avg_sq')} | {f'adam.{n}.step': () for n in own}
+    wrong = [k for k in expected if k not in found or found[k].shape != expected[k]]
+    if wrong: raise InputError(str(state), "this model's training state", f'{len(wrong)} tensors missing or of another shape, such as {min(wrong)}')
+    return tensors, found
+
+# %% ../nbs/components/finetuning.ipynb #f3ccd8d6
+@patch
+def _take(self: Trainer, weights, state):
+    "Go on from there."
     names, moments = [n for g in self.groups for n in g['names']], {}
-    expected = {'step', 'generator.sampler', 'generator.torch', *(f'adam.{n}.exp_avg' for n in names if run.last_epoch)}
-    if missing := expected - state.keys(): raise InputError(str(run.resume_path(run.last_epoch)), "this model's training state", f'{len(missing)} tensors missing, such as {min(missing)}')
+    self.model.load_state_dict(weights)
     for key, value in state.items():
         if key.startswith('adam.'): name, k = key[5:].rsplit('.', 1); moments.setdefault(names.index(name), {})[k] = value
     self.optimizer.load_state_dict(dict(state=moments, param_groups=self.optimizer.state_dict()['param_groups']))
-    self.step = int(state['step'])
+    self.step, self.rows = int(state['step']), list(state.get('rows', torch.empty(0, 2)).to(self.device))
     self.sampler.generator.set_state(state['generator.sampler']); torch.set_rng_state(state['generator.torch'])
     if 'generator.cuda' in state and self.device.type == 'cuda': torch.cuda.set_rng_state(state['generator.cuda'], self.device)
 
-# %% ../nbs/components/finetuning.ipynb #8b23dedc
+# %% ../nbs/components/finetuning.ipynb #3404fd69
+@patch
+def restore(self: Trainer,
+    run: Run,
+) -> int | None:  # the epoch; None if the run has to start anew
+    "Go back to where the run was left, or to the newest point before that is whole."
+    wrong = []
+    for epoch, weights, state in run.resume_points():
+        try: found = self._read(weights, state); break
+        except InputError as e: wrong.append(e)
+    else:
+        if run.last_epoch: raise wrong[0]
+        epoch = found = None
+    for e in wrong: run.set_aside(e)
+    if found: self._take(*found)
+    if epoch != run.last_epoch: run.note(last_epoch=epoch)
+    return epoch
+
+# %% ../nbs/components/finetuning.ipynb #ecbc8920
 def default_device() -> str:
     "The GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/components/finetuning.ipynb #1f879b2f
+# %% ../nbs/components/finetuning.ipynb #50b223b4
 def finetune(
     config: FinetuneConfig,      # from `make_config`
     runs_dir='runs',
@@ -203,32 +234,46 @@ def finetune(
     "Fine-tune a Decision Transformer, or return the run if that was done before."
     device = device or default_device()
     _check_sources(config)  # before a folder is made
-    with open_run(config, runs_dir, wait) as run, torch.random.fork_rng():
+    with open_run(config, runs_dir, wait) as run, torch.random.fork_rng(), Sigterm() as sigterm:
         if run.status == 'finished': return run
-        trainer, start = Trainer(config, device, progress), time.time()
+        trainer, start, before = Trainer(config, device, progress), time.time(), run.manifest.get('seconds', 0)
         about = describe(trainer.model.backbone)  # before training
-        if run.last_epoch is not None: trainer.restore(run)
-        before = run.manifest.get('seconds', 0)
-        first = 0 if run.last_epoch is None else run.last_epoch + 1
-        run.note(status='running', error=None, environment=environment(device), backbone=about, data=repr(trainer.train_data), data_return=float(trainer.train_data.returns.mean()))
+        last = None if run.last_epoch is None else trainer.restore(run)
+        seconds = lambda: before + time.time() - start
+        run.note(status='running', error=None, starts=run.manifest.get('starts', 0) + 1, environment=environment(device), backbone=about, data=repr(trainer.train_data), data_return=float(trainer.train_data.returns.mean()))
+        trainer.hold = sigterm.hold
         with tqdm(total=config.epochs * config.steps_per_epoch, initial=trainer.step, desc=run.path.name, unit='step', disable=not progress) as bar:
-            for epoch in range(first, config.epochs + 1):
-                try: _epoch(run, trainer, epoch, bar, lambda: before + time.time() - start)
-                except FloatingPointError as e: run.note(status='failed', error=str(e)); raise
+            try:
+                for epoch in range(0 if last is None else last + 1, config.epochs + 1): _epoch(run, trainer, epoch, bar, seconds)
+            except Preempted: _stop(run, trainer, seconds)
+            except (FloatingPointError, OSError) as e:
+                with suppress(OSError): run.note(status='failed', error=str(e))
+                raise
     return run
 
-# %% ../nbs/components/finetuning.ipynb #6f5ced9f
+# %% ../nbs/components/finetuning.ipynb #3344a9cd
+def _stop(run, trainer, seconds):
+    "Save the state of training, and end."
+    if run.last_epoch is None or run.status == 'finished': raise
+    with suppress(Preempted), trainer.hold():
+        run.save_stopped(trainer.model.state_dict(), trainer.state())
+        run.note(seconds=seconds())
+    raise Preempted(f'{run.name}: stopped by SIGTERM at step {trainer.step}, its state is saved')
+
+# %% ../nbs/components/finetuning.ipynb #8162a6f9
 def _check_sources(config):
     "Raise InputError unless the configurations of all pre-trained weights can be read and are of an architecture that we know."
     for name in filter(None, (config.initialisation, config.donor)):
         i = parse_initialisation(name)
         if i.brings_architecture: adapter_of(read_config(i.source, config.scale, config.revision))
 
-# %% ../nbs/components/finetuning.ipynb #b64c8279
+# %% ../nbs/components/finetuning.ipynb #8b9ec509
 def _epoch(run, trainer, epoch, bar, seconds):
     "Train (not in epoch 0), measure, write."
     nothing = dict(train_error=np.nan, last_batch_error=np.nan, gradient_norm=np.nan, clipped=np.nan)
     row = dict(epoch=epoch, **(trainer.train_epoch(bar) if epoch else nothing), **trainer.fit(), step=trainer.step)
     rows = [row | r for r in trainer.evaluate()]
     bar.last = {'held-out': f"{row['held_out_error']:.3f}", 'return': f"{rows[0]['return_mean']:.0f}"}; bar.set_postfix(bar.last)
-    run.close_epoch(epoch, trainer.model.state_dict(), trainer.state(), rows, 'finished' if epoch == trainer.config.epochs else 'running', seconds=seconds())
+    with trainer.hold():
+        trainer.rows = []
+        run.close_epoch(epoch, trainer.model.state_dict(), trainer.state(), rows, 'finished' if epoch == trainer.config.epochs else 'running', seconds=seconds())

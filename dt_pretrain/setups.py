@@ -40,7 +40,7 @@ PRESETS = dict(
     paper=dict(n_layer=12, width=768, n_head=12, scale='hub', source='d4rl', epochs=40, steps_per_epoch=2500, warmup_steps=5000, eval_episodes=100, precision='bfloat16'),
 )
 
-# %% ../nbs/components/setups.ipynb #c6527d36
+# %% ../nbs/components/setups.ipynb #c52e1240
 @dataclass(frozen=True)
 class FinetuneConfig:
     "Everything that defines a run."
@@ -53,12 +53,10 @@ class FinetuneConfig:
     revision: str | None = None          # commit or tag of weights from the hub
     donor: str | None = None             # an initialisation whose block is put into the backbone
     block: int | None = None             # which one, 0 for the first
-    # data
     source: str = 'collect'              # as in `load_trajectories`
     path: str | None = None              # of the data, where the source needs one
     n_steps: int = 100_000               # steps to collect
     held_out: float = 0.1                # fraction of episodes kept for the held-out error
-    # model
     n_layer: int | None = 3              # blocks of a random body; None: the weights bring an architecture
     width: int | None = 128              # its width
     n_head: int | None = 4               # its attention heads; by the setup where it says
@@ -66,7 +64,6 @@ class FinetuneConfig:
     dropout: float = 0.2
     attention_dropout: float = 0.1
     head: str | None = None              # action head; by the setup
-    # optimisation
     epochs: int = 40
     steps_per_epoch: int = 2500
     batch_size: int = 64                 # windows a step, at K=20
@@ -79,7 +76,6 @@ class FinetuneConfig:
     warmup_steps: int = 5000             # linear warm-up of the learning rate
     max_grad_norm: float | None = 0.25   # None: no clipping
     precision: str = 'float32'           # `bfloat16` runs the model under autocast
-    # evaluation
     eval_episodes: int = 100
     eval_max_steps: int | None = None    # shorter episodes, for tests
     eval_windows: int = 2048             # held-out windows for the action error

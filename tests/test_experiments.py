@@ -60,6 +60,7 @@ def test_sweep_keeps_going_and_is_not_repeated(top, tmp_path):
     assert (run.path / "finetune.ipynb").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.timeout(1500)
 def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
     "What `make report` promises: all runs, all pages, the site."
     from dt_pretrain.report import all_runs, keep, report

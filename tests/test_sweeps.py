@@ -1,0 +1,179 @@
+"Sweeps on this machine and on a cluster whose machines die; what is left when somebody stops them."
+import importlib.util
+import os
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+from soak import processes
+
+from dt_pretrain.cli import main
+from dt_pretrain.collection import collected
+from dt_pretrain.runs import find_runs
+from dt_pretrain.setups import make_config
+from dt_pretrain.sweeps import Job, estimates, finished_runs, local, on_ray, read_sweep, run_sweep, sweep_status
+from dt_pretrain.tasks import InputError
+
+SWEEP = """
+[[runs]]
+context_length = 20
+n_layer = 2
+width = 32
+n_head = 2
+epochs = 3
+steps_per_epoch = {steps}
+seeds = {{smoke = {seeds}}}
+"""
+
+
+@pytest.fixture
+def notebook(top):
+    return top / "nbs/experiments/finetune.ipynb"
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    "A sweep file and its configurations."
+    def write(steps=4, seeds=2):
+        (tmp_path / "sweep.toml").write_text(SWEEP.format(steps=steps, seeds=seeds))
+        collected("hopper-medium", 3000, progress=False)
+        return tmp_path / "sweep.toml", read_sweep(tmp_path / "sweep.toml", "smoke")
+    return write
+
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it does not happen"
+        time.sleep(0.05)
+
+
+def under_way(runs_dir):
+    "Runs that have closed an epoch and are not finished."
+    return [r for r in find_runs(runs_dir, finished=False) if r.status == "running" and r.last_epoch is not None]
+
+
+def the_dead(processes):
+    return [p for p in processes if not p.is_running() or p.status() == psutil.STATUS_ZOMBIE]
+
+
+def command(said, *args):
+    "The command line, in a process of its own; `said` is a file for standard error."
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    sys.exit(main([str(a) for a in args]))
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_sweep_that_is_stopped_can_go_on_and_leaves_no_process(sweep, tmp_path, signum, code):
+    path, _ = sweep(steps=3000, seeds=1)
+    args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--jobs", "1"
+    process = processes.Process(target=command, args=(tmp_path / "said", *args))
+    process.start()
+    wait_for(lambda: under_way(tmp_path / "runs") or not process.is_alive())
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signum)
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == code
+    assert "Traceback" not in said and ("the same command goes on from here" in said or signum == signal.SIGKILL)
+    wait_for(lambda: the_dead(family) == family, 30)
+    (run,) = find_runs(tmp_path / "runs", finished=False)
+    assert run.status == "running" and not run.in_use()
+    assert (run.path / "resume/stopped.safetensors").exists()   # in the middle of an epoch, even if the sweep itself was killed
+    assert sweep_status([run.config], tmp_path / "runs").state.to_list() == ["stopped"]
+
+
+def test_two_sweeps_at_once_share_the_work(sweep, tmp_path, notebook):
+    _, configs = sweep(seeds=1)
+    a, b = (local(1)([Job(c, notebook, tmp_path) for c in configs]) for _ in range(2))
+    ended, rounds = {"a": [], "b": []}, {"a": a, "b": b}
+    while rounds:
+        for name in list(rounds):
+            try:
+                ended[name] += next(rounds[name])
+            except StopIteration:
+                del rounds[name]
+    assert [(len(v), [e for _, e in v]) for v in ended.values()] == [(1, [None]), (0, [])]   # the second one saw that it was done
+    assert find_runs(tmp_path)[0].manifest["starts"] == 1
+
+
+def test_status_and_plan(sweep, tmp_path, cli, capsys):
+    from dt_pretrain.finetuning import finetune
+    path, configs = sweep(seeds=3)
+    finetune(configs[0], tmp_path / "runs", progress=False)
+    failed = Job(configs[1], "", tmp_path / "runs")
+    failed.fail("ValueError: no luck")
+    assert sweep_status(configs, tmp_path / "runs").state.to_list() == ["stopped", "failed", "to do"]   # finished, but without its notebook
+    alike = estimates(configs, finished_runs(tmp_path / "runs"))
+    assert alike["estimated from"].to_list() == ["1 runs alike"] * 3 and alike.seconds.nunique() == 1
+    assert main(["sweep", str(path), "--preset", "smoke", "--dry-run", "--runs-dir", str(tmp_path / "runs")]) == 0
+    said = capsys.readouterr().out
+    assert "no luck" in said and "1 runs alike" in said and "hours to go" in said
+    assert main(["status", str(path), "--preset", "smoke", "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert "3 runs: " in capsys.readouterr().out
+
+
+def test_an_estimate_survives_a_damaged_neighbour(sweep, tmp_path):
+    _, configs = sweep()
+    (tmp_path / "hopper-medium/broken").mkdir(parents=True)
+    for name in ("config.json", "manifest.json"):
+        (tmp_path / "hopper-medium/broken" / name).write_text("{")
+    assert finished_runs(tmp_path) == [] and len(estimates(configs, [])) == 2
+
+
+ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra 'cluster' is not installed")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "A Ray cluster of two machines on this one, with room for one run each."
+    import ray
+    from ray.cluster_utils import Cluster
+    made = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, num_gpus=0, include_dashboard=False))
+    made.doomed = made.add_node(num_cpus=1, num_gpus=0)
+    ray.init(address=made.address, log_to_driver=False, logging_level="error")
+    made.wait_for_nodes()
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@ray
+def test_a_machine_of_the_cluster_dies(cluster, sweep, tmp_path, notebook):
+    "All runs end, none twice, none lost."
+    long, short = sweep(steps=400, seeds=2)[1], sweep(steps=4, seeds=1)[1]
+    configs = long + short
+    jobs, ended, killed = [Job(c, notebook, tmp_path) for c in configs], [], False
+    for news in on_ray()(jobs):
+        ended += news
+        if not killed and len(under_way(tmp_path)) == 2:   # one on each machine
+            cluster.remove_node(cluster.doomed, allow_graceful=False)
+            killed = True
+    assert killed and [e for _, e in ended] == [None] * 3 and all(j.done for j in jobs)
+    starts = sorted(j.run.manifest["starts"] for j in jobs)
+    assert starts == [1, 1, 2]                               # only the run on the machine that died was started again
+    assert all(j.run.metrics.epoch.to_list() == [0, 1, 2, 3] for j in jobs)
+    assert not list(tmp_path.glob(".shared-*"))
+
+
+@ray
+def test_results_come_back_where_no_folder_is_shared(cluster, sweep, tmp_path, notebook, monkeypatch):
+    from dt_pretrain.finetuning import finetune
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _, configs = sweep(seeds=1)
+    (job,), ended = [Job(c, notebook, tmp_path / "runs") for c in configs], []
+    for news in on_ray(shared=False)([job]):
+        ended += news
+    assert ended == [(job, None)] and job.done
+    alone = finetune(configs[0], tmp_path / "alone", device="cpu", progress=False)
+    assert job.run.metrics.equals(alone.metrics)
+    assert all(job.run.checkpoint_path(e).read_bytes() == alone.checkpoint_path(e).read_bytes() for e in range(4))
+
+
+@ray
+def test_a_cluster_without_gpus_says_so(cluster, sweep, tmp_path, notebook):
+    _, configs = sweep()
+    with pytest.raises(InputError, match="GPUs a run: expected .* at most 0"):
+        run_sweep(configs, notebook, tmp_path, progress=False, engine=on_ray(gpus=0.5))
