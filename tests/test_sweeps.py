@@ -12,7 +12,6 @@ from soak import processes
 from dt_pretrain.cli import main
 from dt_pretrain.collection import collected
 from dt_pretrain.runs import find_runs
-from dt_pretrain.setups import make_config
 from dt_pretrain.sweeps import Job, estimates, finished_runs, local, on_ray, read_sweep, run_sweep, sweep_status
 from dt_pretrain.tasks import InputError
 
