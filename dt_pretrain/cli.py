@@ -27,7 +27,7 @@ def _collect(args):
     from dt_pretrain.collection import load_trajectories
     print(load_trajectories(args.task, args.source, args.path, args.steps))
 
-# %% ../nbs/components/cli.ipynb #37f29aba
+# %% ../nbs/components/cli.ipynb #76892ecd
 def _finetune(args):
     from dt_pretrain.finetuning import finetune
     from dt_pretrain.runs import runs_folder
@@ -43,7 +43,7 @@ def _values(pairs):
     values = {}
     for pair in pairs:
         name, sep, text = pair.partition('=')
-        if not sep: raise InputError(f'--set {pair}', 'name=value', 'no =')
+        if not (sep and name): raise InputError(f'--set {pair}', 'name=value', 'no name' if sep else 'no =')
         try: values[name] = tomllib.loads(f'x = {text}')['x']
         except tomllib.TOMLDecodeError: values[name] = None if text == 'None' else text
     return values

@@ -223,7 +223,7 @@ def default_device() -> str:
     "The GPU if there is one."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/components/finetuning.ipynb #50b223b4
+# %% ../nbs/components/finetuning.ipynb #d49c992b
 def finetune(
     config: FinetuneConfig,      # from `make_config`
     runs_dir='runs',
@@ -233,7 +233,7 @@ def finetune(
 ) -> Run:
     "Fine-tune a Decision Transformer, or return the run if that was done before."
     device = device or default_device()
-    _check_sources(config)  # before a folder is made
+    _check_device(device); _check_sources(config)  # before a folder is made
     with open_run(config, runs_dir, wait) as run, torch.random.fork_rng(), Sigterm() as sigterm:
         if run.status == 'finished': return run
         trainer, start, before = Trainer(config, device, progress), time.time(), run.manifest.get('seconds', 0)
@@ -260,7 +260,12 @@ def _stop(run, trainer, seconds):
         run.note(seconds=seconds())
     raise Preempted(f'{run.name}: stopped by SIGTERM at step {trainer.step}, its state is saved')
 
-# %% ../nbs/components/finetuning.ipynb #8162a6f9
+# %% ../nbs/components/finetuning.ipynb #585c66b5
+def _check_device(device):
+    "Raise InputError unless there is such a device."
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e: raise InputError('device', 'one that torch finds here, such as cpu', f'{device!r}: {str(e).splitlines()[0]}') from e
+
 def _check_sources(config):
     "Raise InputError unless the configurations of all pre-trained weights can be read and are of an architecture that we know."
     for name in filter(None, (config.initialisation, config.donor)):

@@ -467,7 +467,7 @@ MALFORMED = {
     "no GGUF file": (lambda t: load_backbone(str(t / "x.gguf")), "x.gguf: expected a GGUF file, found nothing"),
     "no initialisation": (lambda t: load_backbone(" "), "initialisation: expected a name, found ' '"),
     "a name of 5000 letters": (FINETUNE + ["initialisation=" + "a" * 5000], "initialisation: expected a name or a path"),
-    "a name with a zero byte": (FINETUNE + ["initialisation='a\\u0000b'"], "initialisation: expected a name or a path"),
+    "a name with a zero byte": (FINETUNE + ['initialisation="a\\u0000b"'], "initialisation: expected a name or a path"),
     # sweeps, results, notebooks
     "a sweep that is a folder": (lambda t: read_sweep(t / "..", "smoke"), "expected a sweep file, found Is a directory"),
     "a sweep of bytes": (lambda t: read_sweep(write(t / "s.toml", b"\xff\xfe"), "smoke"), "s.toml: expected TOML"),
