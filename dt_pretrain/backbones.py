@@ -341,7 +341,7 @@ def mimetic(
         a, b = _halves(value_output * (z() - torch.eye(d)), d); v.copy_(a); out.copy_(b)
     return body
 
-# %% ../nbs/components/backbones.ipynb #e28e220d
+# %% ../nbs/components/backbones.ipynb #6f3ce7ac
 CONTROLS = dict(permuted=permuted, moments=moments, random=reinitialised, mimetic=mimetic)
 
 @dataclass(frozen=True)
@@ -362,6 +362,7 @@ def parse_initialisation(
 ) -> Initialisation:
     "Take a name apart."
     if not name.strip(): raise InputError('initialisation', 'a name', repr(name))
+    if len(name) > 1000 or not name.isprintable(): raise InputError('initialisation', 'a name or a path', f'{len(name)} characters, {name[:40]!r} ...')
     if name == 'random' or Path(name).exists(): return Initialisation(name)
     if name == 'mimetic': return Initialisation('random', control='mimetic')
     source, in_gpt2, control = re.fullmatch(rf'(.+?)(-in-gpt2)?(?:-({"|".join(CONTROLS)}))?', name, re.S).groups()

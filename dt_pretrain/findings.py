@@ -118,7 +118,7 @@ def measured(
         tables.append(read_table(path).assign(task=c.task, initialisation=c.initialisation, setup=c.setup, context_length=c.context_length, seed=c.seed))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/components/findings.ipynb #6edae502
+# %% ../nbs/components/findings.ipynb #09196e59
 VERDICTS = ('supported', 'not supported', 'inconclusive')
 _SCHEMA = dict(number=int, claim=str, verdict=str, effect=(int, float), interval=list, effect_unit=str, beyond=list, seeds=int, preset=str, task=str, published=str, paper_protocol=str, summary=str)
 
@@ -127,7 +127,7 @@ def check_result(
     name: str = 'result',  # for error messages
 ):
     "Raise InputError unless a result has all its fields, in the right types."
-    if set(result) != set(_SCHEMA): raise InputError(name, f'fields {", ".join(_SCHEMA)}', f'{", ".join(result)}')
+    if not isinstance(result, dict) or set(result) != set(_SCHEMA): raise InputError(name, f'fields {", ".join(_SCHEMA)}', ', '.join(map(str, result)))
     for field, kind in _SCHEMA.items():
         if not isinstance(result[field], kind) or isinstance(result[field], bool): raise InputError(f'{name}: {field}', kind, repr(result[field]))
     for field, choices in dict(verdict=VERDICTS, preset=tuple(PRESETS), task=tuple(task_names())).items():

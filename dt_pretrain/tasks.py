@@ -4,8 +4,8 @@
 __all__ = ['InputError', 'project_root', 'Task', 'get_task', 'task_names', 'register_task', 'make_env', 'normalized_score',
            'published_scores', 'import_d4rl']
 
-# %% ../nbs/components/tasks.ipynb #00c2f9e3
-import math, warnings
+# %% ../nbs/components/tasks.ipynb #84d07932
+import math, re, warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -80,11 +80,12 @@ def task_names() -> list[str]:
     "Names of all tasks."
     return list(_TASKS)
 
-# %% ../nbs/components/tasks.ipynb #71280813
+# %% ../nbs/components/tasks.ipynb #c9cac5b9
 def register_task(
     task: Task,  # its name must be new
 ):
     "Add a task of your own to the registry."
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', task.name): raise InputError('task name', 'letters, digits, dots, dashes and underscores, because folders are named after it', repr(task.name))
     if task.name in _TASKS: raise InputError('task name', 'a new one', repr(task.name))
     if not (math.isfinite(task.random_return) and task.random_return < task.expert_return):
         raise InputError(f'references of {task.name}', 'random return < expert return', f'{task.random_return} and {task.expert_return}')

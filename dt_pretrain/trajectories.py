@@ -173,7 +173,21 @@ def windows(self: ContextSampler,
     return Batch(fill(self.states, self.pad_state), fill(self.actions, torch.tensor(-10., device=self.device)),
                  fill(self.rtg, torch.tensor(0., device=self.device)), self.t[i] * mask, mask)
 
-# %% ../nbs/components/trajectories.ipynb #66570e43
+# %% ../nbs/components/trajectories.ipynb #69113e26
+def _check_hdf5(file):
+    "Raise InputError if an HDF5 file leads to other files."
+    import h5py
+    def walk(group):
+        for name in group:
+            link, where = group.get(name, getlink=True), f'{group.name}/{name}'.strip('/')
+            leads = not isinstance(link, h5py.HardLink) or (isinstance(group[name], h5py.Dataset) and (group[name].is_virtual or group[name].external))
+            if leads: raise InputError(str(file), 'a file that holds its data itself', f'{where}, which leads elsewhere')
+            if isinstance(group[name], h5py.Group): walk(group[name])
+    try:
+        with h5py.File(file) as f: walk(f)
+    except OSError: return  # damaged, or no HDF5 at all: whoever reads it says so
+
+# %% ../nbs/components/trajectories.ipynb #46644538
 def read_minari(
     path: str | Path,   # the dataset's folder, the one with `data` in it
     task: Task | str,
@@ -182,6 +196,7 @@ def read_minari(
     import minari
     task, path = (get_task(task) if isinstance(task, str) else task), Path(path)
     if not (path / 'data').is_dir(): raise InputError(str(path), "a Minari dataset, a folder with 'data' in it", 'none' if not path.exists() else 'something else')
+    for file in sorted((path / 'data').glob('*.hdf5')): _check_hdf5(file)
     try: dataset = minari.MinariDataset(path / 'data')
     except Exception as e: raise InputError(str(path), 'a readable Minari dataset', f'{type(e).__name__}: {e}') from e
     def episode(i):
@@ -190,7 +205,7 @@ def read_minari(
     eps = (episode(i) for i in range(dataset.total_episodes))
     return from_episodes(task, (dict(observations=e.observations[:-1], actions=e.actions, rewards=e.rewards) for e in eps), source=str(path))
 
-# %% ../nbs/components/trajectories.ipynb #65b14655
+# %% ../nbs/components/trajectories.ipynb #981c7236
 def d4rl_path(
     task: Task | str,
 ) -> Path:  # where D4RL keeps its file
@@ -205,7 +220,7 @@ def d4rl_path(
     try: return Path(d4rl.offline_env.download_dataset_from_url(url))
     except OSError as e: raise InputError(url, f'an answer from D4RL\'s server, or the file in {folder}', e) from e
 
-# %% ../nbs/components/trajectories.ipynb #e8c58036
+# %% ../nbs/components/trajectories.ipynb #0752993f
 def _d4rl_arrays(path, task, d4rl):
     "The arrays of an HDF5 file, read and checked by `OfflineEnv.get_dataset`."
     from types import SimpleNamespace
@@ -217,7 +232,7 @@ def _d4rl_arrays(path, task, d4rl):
     except AssertionError as e: raise InputError(f'{path}, for {task.name}', "D4RL's arrays in the task's shapes", e) from e
     except (OSError, KeyError, RuntimeError) as e: raise InputError(str(path), 'a complete D4RL HDF5 file', e) from e
 
-# %% ../nbs/components/trajectories.ipynb #7644b1c4
+# %% ../nbs/components/trajectories.ipynb #f7cfdf67
 def read_d4rl(
     task: Task | str,
     path: str | Path | None = None,  # an HDF5 file in D4RL's layout; by default D4RL's own, downloaded once
@@ -227,13 +242,15 @@ def read_d4rl(
     task = get_task(task) if isinstance(task, str) else task
     path = d4rl_path(task) if path is None else Path(path)
     if not path.is_file(): raise InputError(str(path), 'a D4RL HDF5 file', 'none')
+    _check_hdf5(path)
     arrays = _d4rl_arrays(path, task, d4rl)
     steps = ('observations', 'actions', 'rewards', 'terminals', 'timeouts')
     if 'timeouts' not in arrays: raise InputError(str(path), "an array 'timeouts', as in all -v2 files", ', '.join(arrays))
+    if len({len(arrays[k]) for k in steps}) > 1: raise InputError(str(path), 'arrays of one length', ', '.join(f'{k} {len(arrays[k])}' for k in steps))
     env = type('Recorded', (), dict(_max_episode_steps=task.max_steps))()
     return from_episodes(task, d4rl.sequence_dataset(env, {k: arrays[k] for k in steps}), source=str(path))
 
-# %% ../nbs/components/trajectories.ipynb #d6d133b0
+# %% ../nbs/components/trajectories.ipynb #cf857394
 HF_MIRROR = 'edbeeching/decision_transformer_gym_replay'
 
 def fetch_hf_mirror(
@@ -245,7 +262,7 @@ def fetch_hf_mirror(
     try: return Path(snapshot_download(HF_MIRROR, repo_type='dataset', revision='refs/convert/parquet', allow_patterns=f'{task.d4rl_name}/*'))
     except Exception as e: raise InputError(f'{HF_MIRROR} on the hub', 'a download, or a local copy given as path', f'{type(e).__name__}: {e}') from e
 
-# %% ../nbs/components/trajectories.ipynb #923acfea
+# %% ../nbs/components/trajectories.ipynb #b98778e2
 def read_hf_mirror(
     task: Task | str,
     path: str | Path | None = None,  # a local copy of the mirror; downloaded from the hub by default
@@ -264,7 +281,7 @@ def read_hf_mirror(
         for row in table.to_pylist(): yield {**row, 'rewards': np.ravel(row['rewards'])}
     return from_episodes(task, (row for f in files for row in rows(f)), source=str(path / task.d4rl_name))
 
-# %% ../nbs/components/trajectories.ipynb #e1cbe5ba
+# %% ../nbs/components/trajectories.ipynb #89947b7d
 def write_minari(
     data: Trajectories,
     path: str | Path,       # the dataset's folder; must not exist yet
