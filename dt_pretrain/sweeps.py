@@ -4,7 +4,7 @@
 __all__ = ['sweep_file', 'read_sweep', 'operations', 'estimates', 'finished_runs', 'Job', 'plain', 'stop_all', 'local', 'pack',
            'unpack', 'on_ray', 'run_sweep', 'sweep_status', 'status_text']
 
-# %% ../nbs/components/sweeps.ipynb #1a3de611
+# %% ../nbs/components/sweeps.ipynb #ccec898e
 import importlib.util, io, itertools, os, re, shutil, tarfile, tempfile, time, tomllib, uuid
 from collections import deque
 from contextlib import closing

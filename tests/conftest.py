@@ -20,10 +20,10 @@ def top():
     return TOP
 
 
-@pytest.fixture(scope="session")
-def checkout(tmp_path_factory):
+@pytest.fixture
+def checkout(tmp_path):
     "A copy of the checkout's sources, to change at will."
-    copy = tmp_path_factory.mktemp("checkout") / "dt_pretrain"
+    copy = tmp_path / "dt_pretrain"
     skip = shutil.ignore_patterns(".*", "_site", "_proc", "_report", "runs", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(TOP, copy, ignore=skip, symlinks=True)
     return copy

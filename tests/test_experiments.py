@@ -1,6 +1,9 @@
 "Experiments and pages end to end, through papermill, at the smoke preset."
 import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -76,5 +79,10 @@ def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
     home = (checkout / "_report/pages/index.ipynb").read_text()
     assert "7 are inconclusive" in home and "injected-parameters" not in home
     assert all(f"findings/{p.stem}.html" in front.read_text() for p in (checkout / "nbs/findings").glob("[1-7]_*.ipynb"))
+    listed = (front.parent / "experiments/runs.html").read_text()
+    assert all((front.parent / f"runs/hopper-medium/{run_name(c)}.html").exists() and run_name(c) in listed for c in configs)
     keep(say=lambda *_: None)
     assert "inconclusive" in (checkout / "README.md").read_text()
+    before = {p: p.read_text() for p in (checkout / "nbs").rglob("*.ipynb")}
+    subprocess.run([Path(sys.executable).with_name("nbdev_clean")], check=True, cwd=checkout)
+    assert [p.name for p in before if p.read_text() != before[p]] == []

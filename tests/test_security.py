@@ -155,7 +155,7 @@ def test_path_in_the_name_of_a_task(name, tmp_path, monkeypatch, restore_tasks):
         run_folder(make_config("smoke", task=name), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", "x\n../y", ".", "gpt2/../../../outside"])
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", ".", "gpt2/../../../outside"])
 def test_path_in_the_name_of_an_initialisation(name, tmp_path):
     path = run_folder(make_config("smoke", initialisation=name), tmp_path)
     assert path.parent == tmp_path / "hopper-medium" and re.fullmatch(r"[\w.-]{1,150}", path.name)
