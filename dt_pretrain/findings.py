@@ -4,18 +4,18 @@
 __all__ = ['CLAIMS', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of', 'measured', 'check_result', 'results_folder',
            'write_result', 'read_results', 'spell', 'conclude']
 
-# %% ../nbs/components/findings.ipynb #1b132d5d
+# %% ../nbs/components/findings.ipynb #5127add6
 import hashlib, inspect, json, math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 from tqdm.auto import tqdm
 
 from .runs import Run, read_table, runs_folder, whole_file
 from .setups import PRESETS, run_name
+from .statistics import t_interval
 from .sweeps import read_sweep
 from .tasks import InputError, project_root, task_names
 
@@ -65,7 +65,7 @@ def judge(
     if effect[1] > 0 and beyond[1] > 0: return 'supported'
     return 'not supported' if min(effect[2], beyond[2]) < smallest else 'inconclusive'
 
-# %% ../nbs/components/findings.ipynb #d8af55a2
+# %% ../nbs/components/findings.ipynb #aac9398b
 def paired_difference(
     numbers: pd.Series,  # one a run, index (initialisation, seed)
     a: str,
@@ -76,8 +76,8 @@ def paired_difference(
     if missing: raise InputError('numbers of initialisations', f'{a} and {b}', f'none of {", ".join(missing)}')
     d = (numbers[a] - numbers[b]).dropna().to_numpy()
     if not len(d): raise InputError(f'seeds of {a} and {b}', 'at least one in common', 'none')
-    half = scipy.stats.t.ppf(.975, len(d) - 1) * d.std(ddof=1) / len(d) ** .5 if len(d) > 1 else np.inf
-    return float(d.mean()), float(d.mean() - half), float(d.mean() + half), len(d)
+    i = t_interval(d)
+    return float(i.estimate), float(i.low), float(i.high), i.n
 
 # %% ../nbs/components/findings.ipynb #f92f5e9d
 def runs_of(
@@ -118,7 +118,7 @@ def measured(
         tables.append(read_table(path).assign(task=c.task, initialisation=c.initialisation, setup=c.setup, context_length=c.context_length, seed=c.seed))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/components/findings.ipynb #09196e59
+# %% ../nbs/components/findings.ipynb #9dafa568
 VERDICTS = ('supported', 'not supported', 'inconclusive')
 _SCHEMA = dict(number=int, claim=str, verdict=str, effect=(int, float), interval=list, effect_unit=str, beyond=list, seeds=int, preset=str, task=str, published=str, paper_protocol=str, summary=str)
 
@@ -129,7 +129,7 @@ def check_result(
     "Raise InputError unless a result has all its fields, in the right types."
     if not isinstance(result, dict) or set(result) != set(_SCHEMA): raise InputError(name, f'fields {", ".join(_SCHEMA)}', ', '.join(map(str, result)))
     for field, kind in _SCHEMA.items():
-        if not isinstance(result[field], kind) or isinstance(result[field], bool): raise InputError(f'{name}: {field}', kind, repr(result[field]))
+        if not isinstance(result[field], kind) or isinstance(result[field], bool): raise InputError(f'{name}: {field}', {int: 'a whole number', str: 'text', list: 'a list'}.get(kind, 'a number'), repr(result[field]))
     for field, choices in dict(verdict=VERDICTS, preset=tuple(PRESETS), task=tuple(task_names())).items():
         if result[field] not in choices: raise InputError(f'{name}: {field}', f'one of {", ".join(choices)}', repr(result[field]))
     if result['beyond'] and len(result['beyond']) != 3: raise InputError(f'{name}: beyond', 'mean, lower and upper end, or nothing', result['beyond'])
