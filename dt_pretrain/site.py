@@ -3,10 +3,12 @@
 # %% auto #0
 __all__ = ['SiteError', 'localise', 'fold_sources', 'process', 'copy_katex', 'use_katex', 'drop_foreign', 'drop_source_links',
            'drop_css_imports', 'number_floats', 'link_references', 'dress_tables', 'link_pages', 'describe_images',
-           'repair_search', 'repair_page', 'repair', 'check_links', 'replacing', 'render', 'build_site', 'readme_from']
+           'box_wide_images', 'ease_access', 'repair_search', 'repair_page', 'write_sitemap', 'repair', 'check_links',
+           'replacing', 'render', 'build_site', 'readme_from']
 
-# %% ../nbs/components/site.ipynb #60bb91be
+# %% ../nbs/components/site.ipynb #7814dff3
 import ast, json, os, re, shutil, subprocess, tempfile, time
+from base64 import b64decode
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +17,8 @@ from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
 from posixpath import normpath, relpath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
+from xml.sax.saxutils import escape
 
 from .tasks import InputError, project_root
 
@@ -291,17 +294,18 @@ def link_references(
 # %% ../nbs/components/site.ipynb #82198e6c
 _NUMBER = re.compile(r'[-−+]?[\d.,]+(e[-+]?\d+)?\s*[%k]?(\s*(±|\[|\().*)?$|nan$|–$|—$|$', re.I)
 
-# %% ../nbs/components/site.ipynb #98df02a4
+# %% ../nbs/components/site.ipynb #ce4ff789
 def _align_numbers(
     table,  # parsed table, changed in place
 ):
     "Mark columns of numbers with the class `num`."
     rows = [tr.find_all(['td', 'th'], recursive=False) for tr in table.select('tbody tr')]
-    head = [tr.find_all('th', recursive=False) for tr in table.select('thead tr')][-1:]
+    head = [tr.find_all(['td', 'th'], recursive=False) for tr in table.select('thead tr')][-1:]
     for column in zip(*head, *rows):
         cells = column[len(head):]
         if cells and all(c.name == 'td' and _NUMBER.match(c.text.strip()) for c in cells) and any(re.search(r'\d', c.text) for c in cells):
-            for c in column: c['class'] = [*c.get('class', []), 'num']
+            long = ['long'] * (max(len(c.text) for c in cells) > 20)  # with intervals: may be broken over lines
+            for c in column: c['class'] = [*c.get('class', []), 'num', *long]
 
 # %% ../nbs/components/site.ipynb #7c508384
 def _one_header(
@@ -316,7 +320,7 @@ def _one_header(
     for cell, name in zip(top[:n], names): cell.string = name.text.strip()
     rows[1].decompose()
 
-# %% ../nbs/components/site.ipynb #d294fc6d
+# %% ../nbs/components/site.ipynb #4a15fa06
 def dress_tables(
     page,  # parsed page, changed in place
 ):
@@ -328,6 +332,8 @@ def dress_tables(
         _one_header(table)
         for row in table.find_all('tr', style=re.compile('^text-align')): del row['style']
         if not table.select('.num'): _align_numbers(table)
+        for cell in table.select('thead th'):
+            if not cell.text.strip(): cell.name = 'td'  # it heads nothing
         if not table.find_parent(class_=['sd-table', 'table-responsive']): table.wrap(page.new_tag('div', attrs={'class': 'table-responsive'}))
 
 # %% ../nbs/components/site.ipynb #d9a6da2e
@@ -353,7 +359,48 @@ def describe_images(
         figure = img.find_parent('figure'); caption = figure and figure.find('figcaption')
         img['alt'] = ' '.join(caption.text.split()) if caption else 'Figure'
 
-# %% ../nbs/components/site.ipynb #6a81a0a2
+# %% ../nbs/components/site.ipynb #c43b77e3
+def _png_width(
+    src: str,      # where an image comes from: data, or a file
+    folder: Path,  # the page's
+) -> int:          # in pixels; 0 if it is no PNG, or not ours
+    if src.startswith('data:image/png;base64,'): head = b64decode(''.join(src[22:80].split())[:32])
+    elif src.endswith('.png') and (folder / unquote(src)).is_file(): head = (folder / unquote(src)).read_bytes()[:24]
+    else: return 0
+    return int.from_bytes(head[16:20], 'big')
+
+# %% ../nbs/components/site.ipynb #e20a938f
+_WIDE = 1000  # pixels
+
+def box_wide_images(
+    page,          # parsed page, changed in place
+    folder: Path,  # the page's
+):
+    "Give wide images a box to scroll in."
+    for img in page.select('main img[src]'):
+        if _png_width(img['src'], folder) >= _WIDE and not img.find_parent(lambda t: t.name == 'picture' or 'wide-figure' in t.get('class', [])):
+            img.wrap(page.new_tag('span', attrs={'class': 'wide-figure'}))
+
+# %% ../nbs/components/site.ipynb #b50f59d6
+_LANDMARKS = {'nav.navbar': 'Site', 'nav.quarto-secondary-nav': 'Where you are', 'nav#quarto-sidebar': 'Pages', 'nav#TOC': 'On this page', 'nav.page-navigation': 'Previous and next page'}
+_KEYBOARD = """const boxes = document.querySelectorAll('main pre, main .sourceCode, main .table-responsive, main .sd-table, main .wide-figure, main .cell-output-display, main .math.display');
+const reach = () => boxes.forEach(box => box.scrollWidth > box.clientWidth + 1 ? box.tabIndex = 0 : box.removeAttribute('tabindex'));
+addEventListener('load', reach); addEventListener('resize', reach);
+document.querySelectorAll('a[role=button]:not([href])').forEach(a => a.addEventListener('keydown', e => { if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); a.click(); } }));
+"""
+
+# %% ../nbs/components/site.ipynb #8b3c440c
+def ease_access(
+    page,      # parsed page, changed in place
+    top: str,  # path from the page to the site's first folder, `./` or `../`
+):
+    "Name blocks of links, make buttons of what is one, and load the script for the keyboard."
+    for selector, name in _LANDMARKS.items():
+        for nav in page.select(selector): nav['aria-label'] = name
+    for a in page.select('a[role=navigation][data-bs-toggle]'): a['role'], a['tabindex'] = 'button', '0'
+    if page.main and page.head: page.head.append(page.new_tag('script', src=f'{top}site_libs/keyboard.js', defer=True))
+
+# %% ../nbs/components/site.ipynb #e8712ce4
 _DISK_SEARCH = """if (location.protocol === 'file:') {
   const index = document.createElement('script'), fetched = window.fetch;
   index.src = document.currentScript.src.replace('disk-search.js', 'search-index.js');
@@ -363,7 +410,7 @@ _DISK_SEARCH = """if (location.protocol === 'file:') {
 }
 """
 
-# %% ../nbs/components/site.ipynb #13e90e72
+# %% ../nbs/components/site.ipynb #c2389ccd
 def repair_search(
     site: Path,                        # folder of the site
     names: dict[str, dict[str, str]],  # path of a page -> label -> name
@@ -379,7 +426,7 @@ def repair_search(
     for name, content in {'search.json': text, 'site_libs/search-index.js': f'window.searchIndex = {text};\n', 'site_libs/disk-search.js': _DISK_SEARCH}.items():
         (site / name).write_text(content, encoding='utf-8')
 
-# %% ../nbs/components/site.ipynb #efb0ad48
+# %% ../nbs/components/site.ipynb #38b5893c
 def repair_page(
     path: Path,  # an HTML file, changed in place
     site: Path,  # folder of the site
@@ -393,34 +440,49 @@ def repair_page(
     if page.head and (site / 'search.json').exists(): page.head.append(page.new_tag('script', src=f'{top}site_libs/disk-search.js'))
     names = number_floats(page)
     link_references(page, names)
-    dress_tables(page); link_pages(page, here, pages); describe_images(page)
+    dress_tables(page); link_pages(page, here, pages); describe_images(page); box_wide_images(page, path.parent); ease_access(page, top)
     path.write_text(str(page), encoding='utf-8')
     return names
 
-# %% ../nbs/components/site.ipynb #2881af2f
+# %% ../nbs/components/site.ipynb #573a04a9
 _NOT_FOUND = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Page not found</title>
-<style>:root {{ color-scheme: light dark }} body {{ font: 1.1rem/1.6 system-ui, sans-serif; max-width: 32rem; margin: 20vh auto; padding: 0 1.5rem }}</style></head>
-<body><h1>Page not found</h1><p>There is no page at this address. It may have been renamed: <a href="{home}">start from the first page</a>.</p></body></html>
+<meta name="description" content="There is no page at this address"><meta name="robots" content="noindex"><link rel="icon" href="{home}favicon.svg">
+<style>:root {{ color-scheme: light dark }} body {{ font: 1.1rem/1.6 system-ui, sans-serif; max-width: 32rem; margin: 20vh auto; padding: 0 1.5rem; background: #fff; color: #22272e }}
+a {{ color: #1c5fae }} @media (prefers-color-scheme: dark) {{ body {{ background: #171a1f; color: #d6dbe1 }} a {{ color: #84b6f4 }} }}</style></head>
+<body><main><h1>Page not found</h1><p>There is no page at this address. It may have been renamed: <a href="{home}">start from the first page</a>.</p></main></body></html>
 """
 
-# %% ../nbs/components/site.ipynb #54fc7ead
+# %% ../nbs/components/site.ipynb #1990cbf0
+def write_sitemap(
+    site: Path,
+    base_url: str,     # address of the site
+    pages: set[str],   # paths of all pages
+):
+    "List the pages for search engines."
+    where = lambda page: base_url.rstrip('/') + '/' + quote(re.sub(r'(^|/)index\.html$', r'\1', page))
+    urls = ''.join(f'<url><loc>{escape(where(page))}</loc></url>\n' for page in sorted(pages - {'404.html'}))
+    (site / 'sitemap.xml').write_text(f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}</urlset>\n', encoding='utf-8')
+
+# %% ../nbs/components/site.ipynb #a5529b4e
 def repair(
     site: str | Path,      # folder of a rendered site
-    base_url: str = '/',   # path under which it will be served, for the page that says that there is no such page
+    base_url: str = '/',   # where it will be served: an address, or a path, but then there is no sitemap
 ):
     "Repair a rendered site in place."
     site = Path(site)
     paths = sorted(site.rglob('*.html'))
-    pages = {p.relative_to(site).as_posix() for p in paths}
+    pages, home = {p.relative_to(site).as_posix() for p in paths}, f"{urlsplit(base_url).path.rstrip('/')}/"
     copy_katex(site)
+    (site / 'site_libs/keyboard.js').write_text(_KEYBOARD, encoding='utf-8')
     repair_search(site, {p.relative_to(site).as_posix(): repair_page(p, site, pages) for p in paths})
     for css in site.rglob('*.css'): css.write_text(drop_css_imports(css.read_text(encoding='utf-8')), encoding='utf-8')
     (site / '.nojekyll').touch()
-    if not (site / '404.html').exists(): (site / '404.html').write_text(_NOT_FOUND.format(home=f"{base_url.rstrip('/')}/"), encoding='utf-8')
+    if not (site / '404.html').exists(): (site / '404.html').write_text(_NOT_FOUND.format(home=home), encoding='utf-8')
+    if urlsplit(base_url).scheme: write_sitemap(site, base_url, pages)
 
-# %% ../nbs/components/site.ipynb #1811a6cd
-_LINKS = [('a', 'href'), ('link', 'href'), ('script', 'src'), ('img', 'src'), ('source', 'src'), ('video', 'src'), ('audio', 'src'), ('iframe', 'src')]
+# %% ../nbs/components/site.ipynb #37eff8f3
+_LINKS = [('a', 'href'), ('link', 'href'), ('script', 'src'), ('img', 'src'), ('source', 'src'), ('source', 'srcset'), ('img', 'srcset'), ('video', 'src'), ('audio', 'src'), ('iframe', 'src')]
 
 def _resolve(
     url: str,    # link on a page or in a style sheet
@@ -431,7 +493,7 @@ def _resolve(
     path = normpath(f'{Path(here).parent.as_posix()}/{unquote(parts.path)}') if parts.path else here
     return path, unquote(parts.fragment)
 
-# %% ../nbs/components/site.ipynb #b72e068f
+# %% ../nbs/components/site.ipynb #d90fa2ec
 def _page_links(
     page,       # parsed page
     here: str,  # its path
@@ -439,10 +501,11 @@ def _page_links(
     "Yield (kind of tag, link) for everything that a page points to."
     for name, attribute in _LINKS:
         for tag in page.find_all(name, **{attribute: True}):
-            if not (name == 'link' and set(tag.get('rel', [])) & {'canonical', 'alternate'}) and not tag[attribute].startswith('data:'): yield name, tag[attribute]
+            if name == 'link' and set(tag.get('rel', [])) & {'canonical', 'alternate'} or tag[attribute].startswith('data:'): continue
+            yield from ((name, url) for url in ([c.split()[0] for c in tag[attribute].split(',')] if attribute == 'srcset' else [tag[attribute]]))
     for style in page.find_all('style'): yield from (('style', url) for url in _css_links(style.text))
 
-# %% ../nbs/components/site.ipynb #a210fe2d
+# %% ../nbs/components/site.ipynb #8fbd66f1
 def _css_links(
     css: str,  # a style sheet
 ) -> list[str]:
@@ -450,7 +513,7 @@ def _css_links(
     found = re.findall(r'url\(\s*(?:"([^"]*)"|\'([^\']*)\'|([^)"\']*))\s*\)|@import\s+["\']([^"\']*)', css)
     return [url for url in map(''.join, found) if url and not url.startswith(('data:', '#'))]
 
-# %% ../nbs/components/site.ipynb #62c3d97d
+# %% ../nbs/components/site.ipynb #0446299d
 def _wrong(
     kind: str, url: str, here: str,
     anchors: dict[str, set],  # path of a page -> its anchors
@@ -465,7 +528,7 @@ def _wrong(
     if path.startswith('../') or not (site / path).is_file(): return f"{'link' if kind == 'a' else kind} to a missing file: {path}"
     if kind == 'a' and anchor and path in anchors and anchor not in anchors[path] | {'top'}: return f'link to a missing anchor: {path}#{anchor}'
 
-# %% ../nbs/components/site.ipynb #29cb7fa6
+# %% ../nbs/components/site.ipynb #90840a70
 def _page_problems(
     page,  # parsed page
 ) -> list[str]:
@@ -474,7 +537,7 @@ def _page_problems(
     unknown = [f'reference to nothing on this page: {r}' for r in re.findall(r'(?<![\w@])@(?:fig|tbl|eq|sec)-[\w-]*\w', prose)]
     return unknown + [f'no caption: {t["id"]}' for t in _labelled(page) if _caption(t) is None and not _is_empty(t)]
 
-# %% ../nbs/components/site.ipynb #269aefea
+# %% ../nbs/components/site.ipynb #931c3ebe
 def check_links(
     site_dir: str | Path,  # folder of a site
 ) -> list[str]:            # one line a problem, with the pages that have it; empty when all is well
@@ -490,7 +553,7 @@ def check_links(
         for problem in dict.fromkeys(_page_problems(page)): where[problem].append(here)
     return [f"{problem} (on {', '.join(on[:3])}{f' and {len(on) - 3} more' if len(on) > 3 else ''})" for problem, on in sorted(where.items())]
 
-# %% ../nbs/components/site.ipynb #b5fe284b
+# %% ../nbs/components/site.ipynb #9720030c
 @contextmanager
 def replacing(
     folder: Path,  # a folder that need not exist
@@ -507,11 +570,11 @@ def replacing(
         new.rename(folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/components/site.ipynb #8be822f4
+# %% ../nbs/components/site.ipynb #2b960e02
 def render(
     proc_dir: str | Path,   # processed notebooks
     site_dir: str | Path,   # the site; an old one is replaced if all goes well
-    base_url: str = '/',    # path under which the site will be served
+    base_url: str = '/',    # where the site will be served: an address, or a path
 ) -> Path:                  # `site_dir`
     "Render with Quarto, where it is installed, or smalldocs; then repair and check."
     proc, site = Path(proc_dir).resolve(), Path(site_dir).resolve()
@@ -523,7 +586,7 @@ def render(
         if problems: raise SiteError(str(site_dir), 'a site without broken links or references', '\n  '.join([f'{len(problems)} problem(s), so it was not replaced:', *problems]))
     return Path(site_dir)
 
-# %% ../nbs/components/site.ipynb #41a826b2
+# %% ../nbs/components/site.ipynb #f1fab737
 def build_site(
     nbs_dir: str | Path = 'nbs',     # folder of notebooks with a `_quarto.yml`
     site_dir: str | Path = '_site',  # the site; an old one is replaced if all goes well
@@ -531,22 +594,23 @@ def build_site(
     "Process the notebooks, render them, and say where to look."
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as tmp:
-        render(process(nbs_dir, Path(tmp) / 'nbs'), site_dir, _config(project_root(Path(nbs_dir).resolve())).doc_baseurl)
+        home = _config(project_root(Path(nbs_dir).resolve()))
+        render(process(nbs_dir, Path(tmp) / 'nbs'), site_dir, home.doc_host + home.doc_baseurl)
     pages = sum(p.name != '404.html' for p in Path(site_dir).rglob('*.html'))
     print(f"{pages} pages in {time.perf_counter() - start:.0f} s, open {Path(site_dir) / 'index.html'}")
     return Path(site_dir)
 
-# %% ../nbs/components/site.ipynb #38f2bf1f
+# %% ../nbs/components/site.ipynb #e5fb920f
 def _relink(
     text: str,    # Markdown
     prefix: str,  # folder of the notebooks, from the root of the repository
 ) -> str:
-    "Markdown with its relative links written from the root of the repository, except in code."
+    "Markdown with its relative links, and addresses of images, written from the root of the repository, except in code."
     parts = re.split(r'(^```.*?^```|`[^`\n]+`)', text, flags=re.M | re.S)
-    parts[::2] = [re.sub(r'(\]\()(?![a-z]+:|[#/<])', rf'\g<1>{prefix}', p) for p in parts[::2]]
+    parts[::2] = [re.sub(r'(\]\(|\b(?:src|srcset|href)=")(?![a-z]+:|[#/<])', rf'\g<1>{prefix}', p) for p in parts[::2]]
     return ''.join(parts)
 
-# %% ../nbs/components/site.ipynb #cea55fb3
+# %% ../nbs/components/site.ipynb #cfc793f5
 def _plain(
     text: str,              # Markdown of a cell
     names: dict[str, str],  # label -> name
@@ -556,7 +620,7 @@ def _plain(
     text = re.sub(r'[ \t]*\{#[\w-]+[^}]*\}', '', text)
     return _REFERENCE.sub(lambda m: _name_of(m[0], names)[1] or m[0], text)
 
-# %% ../nbs/components/site.ipynb #ec900ff7
+# %% ../nbs/components/site.ipynb #3d3649bf
 def _pipe_table(
     table,  # parsed table
 ) -> str:
@@ -567,7 +631,7 @@ def _pipe_table(
     rows = [[cell(c) for c in tr.find_all(['td', 'th'])] for tr in table.find_all('tr')]
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [rows[0], ['---'] * len(rows[0]), *rows[1:]])
 
-# %% ../nbs/components/site.ipynb #f544384c
+# %% ../nbs/components/site.ipynb #75c2b4ce
 def _output_markdown(
     output,             # output of a notebook cell
     caption: str = '',  # such as `Figure 1: What to see`
@@ -580,7 +644,7 @@ def _output_markdown(
     text = output.get('text', '') if output.get('name') == 'stdout' else data.get('text/plain', '')
     return f'```\n{text.rstrip()}\n```' if text.strip() else ''
 
-# %% ../nbs/components/site.ipynb #ca6622b6
+# %% ../nbs/components/site.ipynb #99e458a9
 def _split_options(
     source: str,  # code of a cell
 ) -> tuple[dict, str]:  # its `#|` options, such as `{'echo': 'false'}`; the code without them
@@ -588,7 +652,7 @@ def _split_options(
     options = dict((l[2:].strip().partition(':' if ':' in l else ' '))[::2] for l in lines if l.startswith('#|'))
     return {k.strip(): v.strip() for k, v in options.items()}, '\n'.join(l for l in lines if not l.startswith('#|')).strip()
 
-# %% ../nbs/components/site.ipynb #a83a2465
+# %% ../nbs/components/site.ipynb #7984ba53
 def _cell_markdown(
     cell,                   # cell of a notebook
     names: dict[str, str],  # label -> name
@@ -602,7 +666,7 @@ def _cell_markdown(
     caption = f"{names[options['label']]}: {caption}" if options.get('label') in names else caption
     return shown + ([_output_markdown(o, caption) for o in cell.outputs] if options.get('output') != 'false' else [])
 
-# %% ../nbs/components/site.ipynb #a208aac0
+# %% ../nbs/components/site.ipynb #3dc80028
 def _label_names(
     nb,  # a notebook
 ) -> dict[str, str]:
@@ -612,7 +676,7 @@ def _label_names(
         kind = _KINDS[label[:3]]; count[kind] += 1; names[label] = f'{kind} {count[kind]}'
     return names
 
-# %% ../nbs/components/site.ipynb #2f58d51a
+# %% ../nbs/components/site.ipynb #0d57b342
 def readme_from(
     index_nb: str | Path,     # the notebook of the first page
     prefix: str = 'nbs/',     # folder of the notebooks, from the root of the repository

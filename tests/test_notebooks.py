@@ -21,9 +21,9 @@ def code_cells(path):
     return [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
 
 
-@pytest.mark.parametrize("path", COMPONENTS, ids=name)
-def test_component_runs(path):
-    "Every cell of a component notebook runs: its examples and its tests."
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name in ("components", "guides")], ids=name)
+def test_notebook_runs(path):
+    "Every cell of a component or guide runs: its examples and its tests."
     command = [Path(sys.executable).with_name("nbdev_test"), "--path", path, "--n_workers", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TOP)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -1,12 +1,15 @@
 """The site: each repair on a few lines of HTML, a small site and the real one, both also in a browser."""
+import base64
 import functools
 import http.server
 import json
 import os
+import re
 import shutil
 import stat
 import threading
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -14,8 +17,8 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
 from dt_pretrain import site as site_module
-from dt_pretrain.site import (SiteError, build_site, check_links, describe_images, dress_tables, drop_css_imports, drop_foreign, link_pages, link_references,
-                              localise, number_floats, process, readme_from, render, use_katex)
+from dt_pretrain.site import (SiteError, box_wide_images, build_site, check_links, describe_images, dress_tables, drop_css_imports, drop_foreign, ease_access, link_pages,
+                              link_references, localise, number_floats, process, readme_from, render, use_katex, write_sitemap)
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p.relative_to(ROOT / 'nbs').with_suffix('.html').as_posix() for p in (ROOT / 'nbs').rglob('*.ipynb')
@@ -132,6 +135,13 @@ def test_tables_get_classes_a_box_and_aligned_numbers():
     assert str(page) == once
 
 
+def test_long_numbers_may_break_and_what_heads_nothing_is_no_header():
+    page = soup('<table><thead><tr><th></th><th>effect</th><th>n</th></tr></thead><tbody><tr><th>a</th><td>0.017 (-0.051 to 0.085)</td><td>3</td></tr></tbody></table>')
+    dress_tables(page)
+    assert [c.get('class') for c in page.tbody.find_all('td')] == [['num', 'long'], ['num']]
+    assert [c.name for c in page.thead.tr.find_all(['td', 'th'])] == ['td', 'th', 'th']
+
+
 def test_the_index_name_joins_the_header():
     page = soup('<table><thead><tr><th></th><th>v</th></tr><tr><th>name</th><th></th></tr></thead><tbody><tr><th>a</th><td>x</td></tr></tbody></table>')
     dress_tables(page)
@@ -179,6 +189,31 @@ def test_images_get_a_description():
     assert [i['alt'] for i in page.find_all('img')] == ['Figure 1: A', 'own']
 
 
+def wide_png(width): return 'data:image/png;base64,' + base64.b64encode(b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR' + width.to_bytes(4, 'big') + bytes(40)).decode()
+
+
+def test_wide_images_get_a_box(tmp_path):
+    (tmp_path / 'a b.png').write_bytes(base64.b64decode(wide_png(1240).partition(',')[2])); (tmp_path / 'small.png').write_bytes(base64.b64decode(PNG))
+    page = soup(f'<main><p><img src="{wide_png(1240)}"/><img src="{wide_png(700)}"/><img src="a%20b.png"/><img src="small.png"/><img src="none.png"/><img src="x.svg"/></p>'
+                '<picture><img src="a%20b.png"/></picture></main>')
+    box_wide_images(page, tmp_path)
+    assert [i.parent.get('class') for i in page.find_all('img')] == [['wide-figure'], None, ['wide-figure'], None, None, None, None]
+    once = str(page); box_wide_images(page, tmp_path)
+    assert str(page) == once
+
+
+def test_landmarks_have_names_and_buttons_are_buttons():
+    page = soup('<head></head><nav class="navbar"></nav><nav class="page-navigation"></nav><a role="navigation" data-bs-toggle="collapse">F</a><main></main>')
+    ease_access(page, '../')
+    assert [n['aria-label'] for n in page.find_all('nav')] == ['Site', 'Previous and next page']
+    assert (page.a['role'], page.a['tabindex'], page.script['src']) == ('button', '0', '../site_libs/keyboard.js')
+
+
+def test_a_sitemap_has_addresses(tmp_path):
+    write_sitemap(tmp_path, 'https://h.org/dt/', {'index.html', '404.html', 'a/b & c.html', 'a/index.html'})
+    assert [e.text for e in ElementTree.parse(tmp_path / 'sitemap.xml').iter() if e.tag.endswith('loc')] == ['https://h.org/dt/a/b%20%26%20c.html', 'https://h.org/dt/a/', 'https://h.org/dt/']
+
+
 # ---- the check
 
 BROKEN = {
@@ -188,6 +223,7 @@ BROKEN = {
     '<a href="../up.html">x</a>': 'missing file: ../up.html',
     '<img src="none.png">': 'img to a missing file: none.png',
     '<img src="https://o.org/a.png">': 'img from another host',
+    '<picture><source srcset="none.webp 2x"></picture>': 'source to a missing file: none.webp',
     '<script src="//o.org/a.js"></script>': 'script from another host',
     '<link rel="stylesheet" href="https://o.org/a.css">': 'link from another host',
     '<style>@import "https://o.org/f.css"; a{background:url(none.png)}</style>': 'style from another host: https://o.org/f.css',
@@ -320,6 +356,11 @@ def test_readme_says_what_the_first_page_says(small):
     assert 'secret' not in text and 'base64' not in text and PNG not in text and '#|' not in text and ':::' not in text
 
 
+def test_readme_finds_the_pictures_of_the_site(tmp_path):
+    write(tmp_path / 'index.ipynb', 'T', new_markdown_cell('<picture><source srcset="images/a.png"><img src="images/a.webp"></picture> <img src="https://o.org/a.png"> <a href="b.ipynb">\n\n`src="x"`'))
+    assert readme_from(tmp_path / 'index.ipynb').endswith('<source srcset="nbs/images/a.png"><img src="nbs/images/a.webp"></picture> <img src="https://o.org/a.png"> <a href="nbs/b.ipynb">\n\n`src="x"`\n')
+
+
 def test_readme_follows_the_options_of_cells(tmp_path):
     out = [new_output('stream', name='stdout', text='printed\n'), new_output('stream', name='stderr', text='warned\n')]
     write(tmp_path / 'index.ipynb', 'T', new_code_cell('#| echo: false\na = 1', outputs=out), new_code_cell('#|output: false\nb = 2', outputs=out), new_code_cell('#| include: false\nc = 3', outputs=out),
@@ -373,7 +414,7 @@ def real_url(real):
 @pytest.fixture
 def tab(browser):
     "A page of the browser that notes what goes wrong in `tab.faults`."
-    tab = browser.new_page(viewport={'width': 1280, 'height': 900}); tab.set_default_timeout(20_000)
+    tab = browser.new_page(viewport={'width': 1280, 'height': 900}); tab.set_default_timeout(60_000)
     tab.faults = faults = []
     tab.on('console', lambda m: faults.append(f'console: {m.text}') if m.type in ('error', 'warning') else None)
     tab.on('pageerror', lambda e: faults.append(f'error: {e}'))
@@ -459,6 +500,49 @@ def test_references_lead_to_their_figure(tab, small_url):
     assert tab.url.endswith('#fig-dot') and tab.locator('#fig-dot').is_visible()
 
 
+def axe(tab, url):
+    "What axe-core finds on a page that is serious: rule, place, why."
+    from axe_playwright_python.sync_playwright import Axe
+    tab.goto(url, wait_until='networkidle')
+    return [f"{v['id']}: {' '.join(map(str, n['target']))}: {[m['message'] for m in n['any'] + n['all'] + n['none']]}"
+            for v in Axe().run(tab).response['violations'] if v['impact'] in ('serious', 'critical') for n in v['nodes']]
+
+
+def in_scheme(browser, scheme, width): return browser.new_page(viewport={'width': width, 'height': 844}, color_scheme=scheme)
+
+
+@pytest.mark.parametrize('damage, rule', [('<p style="color: #aaa; background: #fff">pale</p>', 'color-contrast'), ('<img src="favicon.svg">', 'image-alt'), ('<button></button>', 'button-name')])
+def test_axe_finds(tab, small, tmp_path, damage, rule):
+    shutil.copytree(small / 'www' / BASE, tmp_path / BASE)
+    page = tmp_path / BASE / 'index.html'; page.write_text(page.read_text().replace('</main>', f'{damage}</main>'))
+    server, url = served(tmp_path)
+    assert [found.split(':')[0] for found in axe(tab, url)] == [rule]
+    server.shutdown()
+
+
+def test_wide_figures_and_tables_stay_legible_on_a_phone(browser, small, tmp_path):
+    shutil.copytree(small / 'www' / BASE, tmp_path / BASE)
+    page = tmp_path / BASE / 'index.html'
+    page.write_text(page.read_text().replace('</main>', f'<figure class="figure"><span class="wide-figure"><img alt="wide" src="{wide_png(1240)}"></span><figcaption>{"word " * 60}</figcaption></figure></main>'))
+    server, url = served(tmp_path)
+    tab = in_scheme(browser, 'light', 390); tab.goto(url, wait_until='networkidle')
+    width = lambda selector: tab.locator(selector).first.bounding_box()['width']
+    assert width('.wide-figure img') >= 500 and width('.wide-figure') < 390 and width('main figcaption') < 390
+    assert width('main table') > 390 > width('.table-responsive') and width('main caption') < 390
+    assert tab.evaluate("getComputedStyle(document.querySelector('.wide-figure'), '::after').content").startswith('"wide figure')
+    assert tab.locator('.wide-figure').get_attribute('tabindex') == '0' == tab.locator('.table-responsive').first.get_attribute('tabindex')
+    tab.set_viewport_size({'width': 1280, 'height': 800})
+    tab.wait_for_function("!document.querySelector('.wide-figure').hasAttribute('tabindex')")
+    tab.close(); server.shutdown()
+
+
+def test_the_sidebar_opens_by_keyboard(tab, small_url):
+    tab.goto(small_url, wait_until='networkidle')
+    for toggle in tab.locator('#quarto-sidebar a[role=button]').all():
+        before = toggle.get_attribute('aria-expanded'); toggle.press('Enter')
+        tab.wait_for_function('([a, before]) => a.getAttribute("aria-expanded") !== before', arg=[toggle.element_handle(), before])
+
+
 # ---- the real site
 
 def test_the_real_site_is_whole(real):
@@ -495,3 +579,76 @@ def test_search_finds_a_finding(tab, real_url):
     tab.goto(real_url, wait_until='networkidle')
     results = search(tab, 'return-to-go')
     assert 'return-to-go' in ' '.join(results.all_inner_texts()).lower() and contrast(tab, '.search-result-title') > 4.5
+
+
+def test_every_page_has_a_title_a_description_and_an_icon(real):
+    pages = {p.relative_to(real / BASE).as_posix(): soup(p.read_text()) for p in sorted((real / BASE).rglob('*.html'))}
+    titles, about = ({name: find(page) for name, page in pages.items()} for find in (lambda p: p.title.text.strip(), lambda p: p.find('meta', attrs={'name': 'description'})['content'].strip()))
+    assert all(titles.values()) and all(about.values())
+    assert len(set(titles.values())) == len(pages) and len(set(about.values())) == len(pages), 'two pages have the same title or description'
+    for name, page in pages.items():
+        icon = page.find('link', rel='icon')['href']
+        assert icon == f'/{BASE}/favicon.svg' if name == '404.html' else (real / BASE / name).parent.joinpath(icon).is_file(), name
+        assert len(page.find_all('h1')) == 1, name
+
+
+def test_the_sitemap_lists_every_page(real):
+    found = [e.text for e in ElementTree.parse(real / BASE / 'sitemap.xml').iter() if e.tag.endswith('loc')]
+    assert len(found) == len(PAGES) and {re.sub(f'^https://[^/]+/{BASE}/', '', url) or 'index.html' for url in found} == set(PAGES)
+
+
+def test_the_page_that_is_not_there(browser, real):
+    class Host(Quiet):
+        def send_error(self, code, *_): self.send_response(code); self.end_headers(); self.wfile.write((real / BASE / '404.html').read_bytes())
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Host, directory=real))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for scheme in ('light', 'dark'):
+        tab = in_scheme(browser, scheme, 390); url = f'http://127.0.0.1:{server.server_port}/{BASE}/no/such/page'
+        assert axe(tab, url) == []
+        tab.locator('a').click(); tab.wait_for_load_state()
+        assert tab.locator('h1.title').inner_text() == 'dt_pretrain'
+        tab.close()
+    server.shutdown()
+
+
+@pytest.mark.parametrize('width', [1280, 390])
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('name', ['index.html', 'findings/5_no_context.html', 'components/rollouts.html'])
+def test_axe_has_nothing_serious_to_say(browser, real_url, name, scheme, width):
+    tab = in_scheme(browser, scheme, width)
+    assert axe(tab, real_url + name) == []
+    tab.close()
+
+
+def numbers(text):
+    "All numbers in a text."
+    return [float(n) for n in re.findall(r'-?\d+(?:\.\d+)?(?:e[-+]?\d+)?', text.replace('−', '-'))]
+
+
+def written(x, among): return any(abs(x - n) <= .051 * abs(x) + 5e-4 for n in among)  # two digits
+
+
+def test_home_says_what_the_findings_found(tab, real_url):
+    results = {n: json.loads((ROOT / f'nbs/findings/results/{n}.json').read_text()) for n in range(1, 8)}
+    tab.goto(real_url, wait_until='networkidle')
+    table = tab.locator('main table', has=tab.locator('a[href*="findings/7_"]')).first
+    rows = {int(re.search(r'findings/(\d)_', r.locator('a').first.get_attribute('href'))[1]): r for r in table.locator('tbody tr').all()}
+    assert sorted(rows) == list(results) and len(table.locator('tbody tr').all()) == 7
+    for n, row in rows.items():
+        cells, r = row.locator('td, th').all_inner_texts(), results[n]
+        assert r['verdict'] in cells, (n, cells)
+        said = [x for c in cells for x in numbers(c)]
+        for x in (r['effect'], *r['interval'], *r['beyond']): assert x is None or written(x, said), (n, x, cells)
+        assert r['seeds'] in said
+
+
+def test_home_leads_to_every_finding(tab, real_url):
+    tab.goto(real_url, wait_until='networkidle')
+    for n, href in enumerate(tab.locator('main table a[href*="findings/"]').evaluate_all('links => links.map(a => a.href)'), 1):
+        tab.goto(href, wait_until='domcontentloaded')
+        assert tab.locator('h1.title').inner_text().startswith(f'{n}.') and not tab.faults
+
+
+def test_figures_of_home_have_a_text(tab, real_url):
+    tab.goto(real_url, wait_until='networkidle')
+    assert [i for i in tab.locator('main img').evaluate_all('images => images.map(i => [i.alt, i.src.slice(0, 60)])') if len(i[0]) < 20] == []
