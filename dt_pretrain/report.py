@@ -115,15 +115,15 @@ def publish_runs(
         page = out / f'{run.name}.html'; page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(run_page(run), encoding='utf-8')
 
-# %% ../nbs/components/report.ipynb #9bf01b5b
+# %% ../nbs/components/report.ipynb #da40bf4e
 def table_of_runs(
     runs_dir: str | Path,
 ) -> pd.DataFrame:  # a row a run, with a link to its page
     "What was run, and how it ended."
     def row(run):
         c, last = run.config, run.metrics.iloc[-1]
-        return dict(run=f'<a href="../runs/{run.name}.html">{run.path.name}</a>', task=c.task, initialisation=c.initialisation, setup=c.setup, head=c.head, K=c.context_length, seed=c.seed,
-                    steps=c.epochs * c.steps_per_epoch, held_out_error=last.held_out_error, saturated=last.saturated, score=last.score_mean, minutes=run.manifest['seconds'] / 60)
+        return dict(run=f'<a href="../runs/{run.name}.html">{run.path.name.split("-")[-1]}</a>', task=c.task, initialisation=c.initialisation, setup=c.setup, head=c.head, K=c.context_length, seed=c.seed,
+                    updates=c.epochs * c.steps_per_epoch, error=last.held_out_error, saturated=last.saturated, score=last.score_mean, minutes=run.manifest['seconds'] / 60)
     return pd.DataFrame(map(row, published(runs_dir)))
 
 # %% ../nbs/components/report.ipynb #2b5051e4

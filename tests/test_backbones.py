@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from dt_pretrain.backbones import load_backbone, shipped_names, weights_hash
-from dt_pretrain.finetuning import load_model
+from dt_pretrain.finetuning import finetune, load_model
 from dt_pretrain.runs import find_runs
 from dt_pretrain.setups import SETUPS, make_config
-from dt_pretrain.sweeps import execute_notebook, run_sweep
+from dt_pretrain.sweeps import execute_notebook
 from dt_pretrain.tasks import InputError
 
 INITIALISATIONS = ["random", "mimetic", "language", "image", "image-in-gpt2", "synthetic-markov", "synthetic-iid", "language-permuted", "language-moments", "language-random", "image-random"]
@@ -26,12 +26,6 @@ def runs_dir(tmp_path_factory):
     for config in configs:
         finetune(config, folder, device="cpu", progress=False)
     return folder
-
-
-@pytest.fixture(scope="module")
-def top_of_tests():
-    from conftest import TOP
-    return TOP
 
 
 @pytest.mark.parametrize("setup", SETUPS)
