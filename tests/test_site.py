@@ -645,7 +645,7 @@ def test_home_says_what_the_findings_found(tab, real_url):
 def test_home_leads_to_every_finding(tab, real_url):
     tab.goto(real_url, wait_until='networkidle')
     for n, href in enumerate(tab.locator('main table a[href*="findings/"]').evaluate_all('links => links.map(a => a.href)'), 1):
-        tab.goto(href, wait_until='domcontentloaded')
+        tab.goto(href, wait_until='networkidle')
         assert tab.locator('h1.title').inner_text().startswith(f'{n}.') and not tab.faults
 
 
