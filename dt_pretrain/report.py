@@ -51,14 +51,15 @@ def costs(
             seen.update(configs)
     return pd.DataFrame(rows)
 
-# %% ../nbs/components/report.ipynb #e82455bf
+# %% ../nbs/components/report.ipynb #f88b7277
 def tidied(
     path: str | Path,  # an executed notebook
+    drop: str = 'injected-parameters',  # tag of the cell that goes; the other choice is `parameters`, the defaults
 ):                     # the notebook
-    "What a reader wants of an executed notebook: no injected cell, no progress bars, no traces of how it was executed."
+    "What a reader wants of an executed notebook: one cell of parameters, no progress bars, no traces of how it was executed."
     import nbformat
     nb, bar = nbformat.read(str(path), as_version=4), 'application/vnd.jupyter.widget-view+json'
-    nb.cells = [c for c in nb.cells if 'injected-parameters' not in c.metadata.get('tags', [])]
+    nb.cells = [c for c in nb.cells if drop not in c.metadata.get('tags', [])]
     nb.metadata.pop('widgets', None)
     for thing in (nb, *nb.cells): thing.metadata.pop('papermill', None); thing.metadata.pop('execution', None)
     for c in nb.cells:
@@ -76,7 +77,7 @@ def execute_page(
     execute_notebook(source, target, parameters)
     with whole_file(target) as tmp: nbformat.write(tidied(target), str(tmp), version=4)
 
-# %% ../nbs/components/report.ipynb #869f7512
+# %% ../nbs/components/report.ipynb #8416dadb
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{name}</title>
 <meta name="description" content="One run on {task}, as it was executed">
@@ -92,11 +93,12 @@ def run_page(
 ) -> str:  # HTML
     "A run's executed notebook as a page."
     from nbconvert import HTMLExporter
-    nb = tidied(run.path / 'finetune.ipynb')
+    nb = tidied(run.path / 'finetune.ipynb', 'parameters')
     nb.cells = [c for c in nb.cells if c.cell_type != 'raw']
     for c in nb.cells:
+        if 'injected-parameters' in c.metadata.get('tags', []): c.source = re.sub(r'^runs_dir = .*\n?', '', c.source, flags=re.M)  # a path of the machine
         if c.cell_type == 'markdown': c.source = re.sub(r'\]\((?:\.\./)?([\w/]+)\.ipynb', r'](../../\1.html', c.source)
-    body, _ = HTMLExporter(template_name='basic').from_notebook_node(nb)
+    body, _ = HTMLExporter(template_name='basic', exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
     return _PAGE.format(name=run.path.name, task=run.config.task, body=body)
 
 # %% ../nbs/components/report.ipynb #e97fcb38
