@@ -4,8 +4,8 @@
 __all__ = ['checkout', 'all_runs', 'costs', 'tidied', 'execute_page', 'run_page', 'published', 'publish_runs', 'table_of_runs',
            'execute_pages', 'report', 'with_executed_pages', 'render_site', 'keep']
 
-# %% ../nbs/components/report.ipynb #dcd0b534
-import json, re, shutil, time
+# %% ../nbs/components/report.ipynb #fd424625
+import json, posixpath, re, shutil, time
 from pathlib import Path
 
 import pandas as pd
@@ -77,13 +77,13 @@ def execute_page(
     execute_notebook(source, target, parameters)
     with whole_file(target) as tmp: nbformat.write(tidied(target), str(tmp), version=4)
 
-# %% ../nbs/components/report.ipynb #8416dadb
+# %% ../nbs/components/report.ipynb #e62fb144
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{name}</title>
 <meta name="description" content="One run on {task}, as it was executed">
 <style>:root {{color-scheme: light dark}} body {{max-width: 860px; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif}}
 pre {{overflow-x: auto; font-size: .85em}} table {{border-collapse: collapse; display: block; overflow-x: auto; font-size: .85em}} td, th {{padding: .1rem .6rem; text-align: right}}
-img {{max-width: 100%}} .jp-InputPrompt, .jp-OutputPrompt, .anchor-link {{display: none}}</style></head>
+img {{max-width: 100%}} .anchor-link {{display: none}}</style></head>
 <body><p><a href="../../experiments/runs.html">All runs</a></p><h1>{name}</h1>
 {body}</body></html>
 """
@@ -97,7 +97,7 @@ def run_page(
     nb.cells = [c for c in nb.cells if c.cell_type != 'raw']
     for c in nb.cells:
         if 'injected-parameters' in c.metadata.get('tags', []): c.source = re.sub(r'^runs_dir = .*\n?', '', c.source, flags=re.M)  # a path of the machine
-        if c.cell_type == 'markdown': c.source = re.sub(r'\]\((?:\.\./)?([\w/]+)\.ipynb', r'](../../\1.html', c.source)
+        if c.cell_type == 'markdown': c.source = re.sub(r'\]\(([\w./]+)\.ipynb', lambda m: f']({posixpath.relpath("experiments/" + m[1], "runs/task")}.html', c.source)
     body, _ = HTMLExporter(template_name='basic', exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
     return _PAGE.format(name=run.path.name, task=run.config.task, body=body)
 

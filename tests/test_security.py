@@ -155,6 +155,11 @@ def test_path_in_the_name_of_a_task(name, tmp_path, monkeypatch, restore_tasks):
         run_folder(make_config("smoke", task=name), tmp_path)
 
 
+def test_name_of_an_initialisation_with_a_line_break():
+    with pytest.raises(InputError, match="initialisation: expected a name or a path"):
+        make_config("smoke", initialisation="x\n../y")
+
+
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", ".", "gpt2/../../../outside"])
 def test_path_in_the_name_of_an_initialisation(name, tmp_path):
     path = run_folder(make_config("smoke", initialisation=name), tmp_path)
