@@ -58,12 +58,13 @@ def _configs(args):
 def _sweep(args):
     from dt_pretrain.collection import collected
     from dt_pretrain.report import checkout
-    from dt_pretrain.sweeps import local, on_ray, run_sweep, status_text, sweep_status
+    from dt_pretrain.sweeps import here, local, on_ray, run_sweep, status_text, sweep_status
     configs, folder = _configs(args)
     if args.dry_run: return print(_plan(configs, folder))
-    engine, notebook = local(args.jobs) if args.engine == 'local' else on_ray(args.address, args.gpus_per_run), checkout() / 'nbs' / 'experiments' / 'finetune.ipynb'
+    engine = dict(local=lambda: local(args.jobs), here=here, ray=lambda: on_ray(args.address, args.gpus_per_run))[args.engine]()
+    notebook = None if args.engine == 'here' else checkout() / 'nbs' / 'experiments' / 'finetune.ipynb'
     for name, n in sorted({(c.task, c.n_steps) for c in configs if c.source == 'collect'}): collected(name, n)
-    run_sweep(configs, notebook, folder, engine=engine)
+    run_sweep(configs, notebook, folder, engine=engine, stride=args.stride, minutes=args.minutes)
     print(status_text(sweep_status(configs, folder)))
 
 def _status(args):
@@ -130,7 +131,9 @@ def _parser():
 # %% ../nbs/components/cli.ipynb #2f95fd80
 def _engine_options(c):
     c.add_argument('--dry-run', action='store_true', help='print the table of runs with cost estimates, run nothing')
-    c.add_argument('--engine', choices=['local', 'ray'], default='local', help='this machine, or a Ray cluster (default: %(default)s)')
+    c.add_argument('--engine', choices=['local', 'here', 'ray'], default='local', help='this machine; this process, one run after the other, without notebooks; or a Ray cluster (default: %(default)s)')
+    c.add_argument('--stride', type=int, metavar='EPOCHS', help='train all runs so far before any goes on (default: each to its end)')
+    c.add_argument('--minutes', type=float, help='stop after so long, with all states saved; the same command goes on from there (default: no limit)')
     c.add_argument('--jobs', type=int, default=2, help='engine local: runs at a time (default: %(default)s)')
     c.add_argument('--address', help="engine ray: the cluster's head, or `auto` on one of its machines (default: start Ray on this machine)")
     c.add_argument('--gpus-per-run', type=float, default=0, help='engine ray: share of a GPU that a run gets, such as 0.5 (default: none, runs work on CPUs)')

@@ -230,12 +230,14 @@ def finetune(
     device: str | None = None,   # `cpu`, `cuda`; the GPU by default if there is one
     progress: bool = True,       # show a progress bar
     wait: float = 0,             # seconds to wait if another process works on this run
+    until: int | None = None,    # stop after this epoch; the same call with a later one, or none, goes on
 ) -> Run:
     "Fine-tune a Decision Transformer, or return the run if that was done before."
-    device = device or default_device()
+    device, goal = device or default_device(), config.epochs if until is None else min(until, config.epochs)
+    if goal < 0: raise InputError('until', 'an epoch, 0 is before training', until)
     _check_device(device); _check_sources(config)  # before a folder is made
     with open_run(config, runs_dir, wait) as run, torch.random.fork_rng(), Sigterm() as sigterm:
-        if run.status == 'finished': return run
+        if run.status == 'finished' or (run.last_epoch is not None and run.last_epoch >= goal): return run
         trainer, start, before = Trainer(config, device, progress), time.time(), run.manifest.get('seconds', 0)
         about = describe(trainer.model.backbone)  # before training
         last = None if run.last_epoch is None else trainer.restore(run)
@@ -244,7 +246,7 @@ def finetune(
         trainer.hold = sigterm.hold
         with tqdm(total=config.epochs * config.steps_per_epoch, initial=trainer.step, desc=run.path.name, unit='step', disable=not progress) as bar:
             try:
-                for epoch in range(0 if last is None else last + 1, config.epochs + 1): _epoch(run, trainer, epoch, bar, seconds)
+                for epoch in range(0 if last is None else last + 1, goal + 1): _epoch(run, trainer, epoch, bar, seconds)
             except Preempted: _stop(run, trainer, seconds)
             except (FloatingPointError, OSError) as e:
                 with suppress(OSError): run.note(status='failed', error=str(e))

@@ -5,7 +5,7 @@ __all__ = ['ADDED', 'whole_file', 'save_tensors', 'load_tensors', 'Run', 'read_t
            'run_folder', 'environment', 'Preempted', 'Sigterm', 'take_over', 'open_run', 'runs_folder', 'find_runs']
 
 # %% ../nbs/components/runs.ipynb #6dd565fa
-import json, os, platform, re, shutil, signal, subprocess, sys, threading, warnings
+import json, os, platform, re, shutil, signal, subprocess, sys, threading, warnings, weakref
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -244,16 +244,20 @@ class Preempted(SystemExit):
 
 class Sigterm:
     "While it is entered, SIGTERM raises Preempted, but not inside of `hold`."
-    def __init__(self): self.asked = self.holding = False
+    def __init__(self): self.asked = self.holding = self.raised = False
     def __enter__(self):
         self.main = threading.current_thread() is threading.main_thread()  # others cannot have handlers
         if self.main: self.before = signal.signal(signal.SIGTERM, self._hear) or signal.SIG_DFL
         return self
     def __exit__(self, *_):
         if self.main: signal.signal(signal.SIGTERM, self.before)
-    def _hear(self, *_):
-        again, self.asked = self.asked, True
-        if not (again or self.holding): raise Preempted
+    def _hear(self, signum, frame):
+        self.asked = True
+        if isinstance(outer := getattr(self.before, '__self__', None), Sigterm): outer.asked = True
+        if self.raised or self.holding: return
+        if frame.f_code.co_filename == weakref.__file__: threading.Timer(.02, os.kill, (os.getpid(), signum)).start(); return
+        self.raised = True
+        raise Preempted
     @contextmanager
     def hold(self):
         self.holding = True

@@ -84,6 +84,28 @@ def test_a_sweep_that_is_stopped_can_go_on_and_leaves_no_process(sweep, tmp_path
     assert sweep_status([run.config], tmp_path / "runs").state.to_list() == ["stopped"]
 
 
+def test_a_sweep_in_pieces_without_notebooks_ends_the_same(sweep, tmp_path):
+    "Two seconds at a time, an epoch of each run in turn, as on a machine that is lent."
+    from dt_pretrain.finetuning import finetune
+    path, configs = sweep(steps=150, seeds=2)
+    args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--engine", "here", "--stride", "1", "--minutes", "0.04"
+    seen = []
+    while not seen or set(seen[-1].state) != {"trained"}:
+        piece = processes.Process(target=command, args=(tmp_path / "said", *args))
+        piece.start()
+        piece.join()
+        assert piece.exitcode == 0 and "Traceback" not in (tmp_path / "said").read_text()
+        seen.append(sweep_status(configs, tmp_path / "runs"))
+        assert len(seen) < 50
+    assert len(seen) > 2                                                       # it was in pieces
+    epochs = [s.epoch.str[0].astype(int) for s in seen]
+    assert all(e.max() - e.min() <= 1 for e in epochs)                         # and all runs got equally far
+    for c in configs:
+        run, alone = Job(c, None, tmp_path / "runs").run, finetune(c, tmp_path / "alone", progress=False)
+        assert run.metrics.equals(alone.metrics)
+        assert run.checkpoint_path(3).read_bytes() == alone.checkpoint_path(3).read_bytes()
+
+
 def test_two_sweeps_at_once_share_the_work(sweep, tmp_path, notebook):
     _, configs = sweep(seeds=1)
     a, b = (local(1)([Job(c, notebook, tmp_path) for c in configs]) for _ in range(2))
@@ -104,7 +126,7 @@ def test_status_and_plan(sweep, tmp_path, cli, capsys):
     finetune(configs[0], tmp_path / "runs", progress=False)
     failed = Job(configs[1], "", tmp_path / "runs")
     failed.fail("ValueError: no luck")
-    assert sweep_status(configs, tmp_path / "runs").state.to_list() == ["stopped", "failed", "to do"]   # finished, but without its notebook
+    assert sweep_status(configs, tmp_path / "runs").state.to_list() == ["trained", "failed", "to do"]   # finished, but without its notebook
     alike = estimates(configs, finished_runs(tmp_path / "runs"))
     assert alike["estimated from"].to_list() == ["1 runs alike"] * 3 and alike.seconds.nunique() == 1
     assert main(["sweep", str(path), "--preset", "smoke", "--dry-run", "--runs-dir", str(tmp_path / "runs")]) == 0
