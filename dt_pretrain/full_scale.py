@@ -72,11 +72,11 @@ def kept_at(
     "Whether a file has rows of a run at its last epoch."
     return path.exists() and ((t := read_table(path)).epoch[t.run == run.path.name] == run.last_epoch).any()
 
-# %% ../nbs/components/full_scale.ipynb #90d7942c
+# %% ../nbs/components/full_scale.ipynb #7a0bbfe4
 def keep_runs(
     runs: list[Run],      # begun, of one task
     folder: Path,
-    measures: dict = {},  # name -> function of a run that gives a DataFrame, such as `dict(heads=measure_head)`
+    measures: dict | None = None,  # name -> function of a run that gives a DataFrame, such as `dict(heads=measure_head)`
     progress: bool = True,
 ):
     "Write what runs have measured so far; measures that need a checkpoint are taken where they are missing."
@@ -90,7 +90,7 @@ def keep_runs(
     path = folder / f'{task}-manifests.json'
     manifests = (json.loads(path.read_text()) if path.exists() else {}) | {r.path.name: dict(r.manifest, config=asdict(r.config)) for r in runs}
     with whole_file(path) as tmp: tmp.write_text(json.dumps(manifests, indent=1))
-    for name, measure in measures.items():
+    for name, measure in (measures or {}).items():
         todo = [r for r in runs if not kept_at(folder / f'{task}-{name}.parquet', r)]
         for r in tqdm(todo, desc=name, unit='run', disable=not progress): write(f'-{name}', measure(r))
 

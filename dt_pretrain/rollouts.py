@@ -72,14 +72,15 @@ def rollout(
     envs, live = [make_env(task) for _ in range(n_episodes)], torch.arange(n_episodes, device=device)
     history, total, length = History(task, target_return, state_mean, state_std, n_episodes, device), np.zeros(n_episodes), np.zeros(n_episodes, int)
     observations = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
-    for t in range(max_steps or task.max_steps):
-        history.observe(live, t, np.array(observations))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16): actions = model(history.window(live, t, context_length))[:, -1].float()
-        index, steps = live.tolist(), [envs[i].step(a) for i, a in zip(live.tolist(), actions.cpu().numpy())]
-        rewards = np.array([s[1] for s in steps]); total[index] += rewards; length[index] += 1
-        history.act(live, t, actions, rewards)
-        on = [not (s[2] or s[3]) for s in steps]
-        live, observations = live[torch.tensor(on, device=device)], [s[0] for s, o in zip(steps, on) if o]
-        if not len(live): break
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):  # once for all steps: inside of it each weight is converted once
+        for t in range(max_steps or task.max_steps):
+            history.observe(live, t, np.array(observations))
+            actions = model(history.window(live, t, context_length))[:, -1].float()
+            index, steps = live.tolist(), [envs[i].step(a) for i, a in zip(live.tolist(), actions.cpu().numpy())]
+            rewards = np.array([s[1] for s in steps]); total[index] += rewards; length[index] += 1
+            history.act(live, t, actions, rewards)
+            on = [not (s[2] or s[3]) for s in steps]
+            live, observations = live[torch.tensor(on, device=device)], [s[0] for s, o in zip(steps, on) if o]
+            if not len(live): break
     model.train(was_training)
     return pd.DataFrame(dict(target_return=target_return, episode=range(n_episodes), length=length, score=normalized_score(task, total)) | {'return': total})
