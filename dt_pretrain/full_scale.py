@@ -116,25 +116,28 @@ def read_kept(
     if name: table = table.merge(metrics.drop_duplicates('run')[['run', 'initialisation', 'setup', 'donor', 'block', 'warmup_steps', 'head', 'seed', 'context_length']], on='run')
     return table.assign(arm=table.apply(arm_of, axis=1))
 
-# %% ../nbs/components/full_scale.ipynb #16c06fbb
+# %% ../nbs/components/full_scale.ipynb #69200bf7
 def advantage(
     metrics: pd.DataFrame,  # from `read_kept`
     head: str,
     of: str,                # an arm
     over: str,              # another
+    least: int = 0,         # updates that a run must have to count
 ) -> tuple[tuple, int]:     # how much lower the error of the first is: mean, lower and upper end, seeds; and over how many updates
     "How much faster one arm learns than another."
-    both = metrics[(metrics['head'] == head) & metrics.arm.isin([of, over])]
-    if missing := {of, over} - set(both.arm): raise InputError(f'runs with a {head} head', f'of {of} and {over}', f'none of {", ".join(sorted(missing))}')
-    if not (common := both.groupby('run').step.max().min()): raise InputError(f'runs of {of} and {over}', 'at least one epoch of each', 'none of some')
+    both = metrics[(metrics['head'] == head) & metrics.arm.isin([of, over]) & (metrics.groupby('run').step.transform('max') >= max(1, least))]
+    if missing := {of, over} - set(both.arm): raise InputError(f'runs with a {head} head', f'of {of} and {over}, with at least {max(1, least)} updates', f'none of {", ".join(sorted(missing))}')
+    common = both.groupby('run').step.max().min()
     areas = area_under_curve(both[both.step <= common]).set_index(['arm', 'seed']).area
     return paired_difference(areas, over, of), int(common)
 
 def full_scale_verdict(
     metrics: pd.DataFrame,
     head: str,
-) -> dict:  # `verdict`, `effect`, `beyond`, `updates`
+    least: int = 600,  # updates that a run must have to count
+) -> dict:             # `verdict`, `effect`, `beyond`, `updates`, `seeds`
     "Finding 5's verdict on large runs: language against random weights, and against the control."
-    effect, n = advantage(metrics, head, 'language', 'random')
-    beyond, m = advantage(metrics, head, 'language', 'language-permuted')
-    return dict(verdict=judge(effect[:3], beyond[:3], CLAIMS[5].smallest, min(effect[3], beyond[3]), 'paper'), effect=effect, beyond=beyond, updates=min(n, m))
+    effect, n = advantage(metrics, head, 'language', 'random', least)
+    beyond, m = advantage(metrics, head, 'language', 'language-permuted', least)
+    seeds = min(effect[3], beyond[3])
+    return dict(verdict=judge(effect[:3], beyond[:3], CLAIMS[5].smallest, seeds, 'paper'), effect=effect, beyond=beyond, updates=min(n, m), seeds=seeds)
