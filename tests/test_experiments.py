@@ -44,7 +44,7 @@ def test_bad_parameters_stop_before_anything_runs(experiment, tmp_path, paramete
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("notebook", ["experiments/collect", "experiments/train_policies", "experiments/pretrain", "findings/0_sanity", "findings/5_no_context", "index"])
+@pytest.mark.parametrize("notebook", ["experiments/collect", "experiments/train_policies", "experiments/pretrain", "experiments/full_scale", "findings/0_sanity", "findings/5_no_context", "index"])
 def test_unknown_parameters_are_refused_everywhere(top, tmp_path, notebook):
     with pytest.raises(RuntimeError, match="parameter 'sead': expected one of .*, found an unknown name"):
         execute_notebook(top / "nbs" / f"{notebook}.ipynb", tmp_path / "out.ipynb", dict(sead=3))
@@ -61,6 +61,25 @@ def test_sweep_keeps_going_and_is_not_repeated(top, tmp_path):
     stamp = (run.path / "finetune.ipynb").stat().st_mtime_ns
     run_sweep([good], notebook, tmp_path, progress=False)
     assert (run.path / "finetune.ipynb").stat().st_mtime_ns == stamp
+
+
+def test_full_scale_keeps_what_runs_have_measured(experiment, tmp_path):
+    "Begun and finished runs; what is kept stays when the runs are gone."
+    from dt_pretrain.finetuning import finetune
+    from dt_pretrain.full_scale import read_kept
+    from dt_pretrain.sweeps import read_sweep
+    (tmp_path / "few.toml").write_text("[[runs]]\ncontext_length = 1\nhead = ['tied', 'linear']\nn_layer = 1\nwidth = 16\nn_head = 2\nseeds = {smoke = 2}\n")
+    configs = read_sweep(tmp_path / "few.toml", "smoke")
+    for c, until in zip(configs[:3], (None, 1, 0), strict=True):   # the last one is not begun
+        finetune(c, tmp_path / "runs", "cpu", progress=False, until=until)
+    given = dict(preset="smoke", sweeps=[str(tmp_path / "few.toml")], episodes=2, out_dir=str(tmp_path / "kept"))
+    experiment("full_scale", runs_dir=str(tmp_path / "runs"), **given)
+    kept = read_kept(folder=tmp_path / "kept")
+    assert kept.groupby("run").epoch.max().to_dict() == {run_name(configs[0]): 2, run_name(configs[1]): 1}   # not the run before training
+    assert read_kept(name="-play", folder=tmp_path / "kept").returns.str.len().to_list() == [2, 2]
+    assert all(f"| {run_name(c)} |" in (tmp_path / "kept/README.md").read_text() for c in configs[:2])
+    experiment("full_scale", runs_dir=str(tmp_path / "nowhere"), **given)
+    assert read_kept(folder=tmp_path / "kept").equals(kept)
 
 
 @pytest.mark.timeout(1500)
