@@ -58,13 +58,15 @@ def _configs(args):
 def _sweep(args):
     from dt_pretrain.collection import collected
     from dt_pretrain.report import checkout
-    from dt_pretrain.sweeps import here, local, on_ray, run_sweep, status_text, sweep_status
+    from dt_pretrain.runs import Sigterm
+    from dt_pretrain.sweeps import here, local, on_ray, run_sweep, status_text, sweep_status, time_limit
     configs, folder = _configs(args)
     if args.dry_run: return print(_plan(configs, folder))
     engine = dict(local=lambda: local(args.jobs), here=here, ray=lambda: on_ray(args.address, args.gpus_per_run))[args.engine]()
     notebook = None if args.engine == 'here' else checkout() / 'nbs' / 'experiments' / 'finetune.ipynb'
-    for name, n in sorted({(c.task, c.n_steps) for c in configs if c.source == 'collect'}): collected(name, n)
-    run_sweep(configs, notebook, folder, engine=engine, stride=args.stride, minutes=args.minutes)
+    with Sigterm(), time_limit(args.minutes):
+        for name, n in sorted({(c.task, c.n_steps) for c in configs if c.source == 'collect'}): collected(name, n)
+        run_sweep(configs, notebook, folder, engine=engine, stride=args.stride)
     print(status_text(sweep_status(configs, folder)))
 
 def _status(args):
@@ -77,7 +79,7 @@ def _plan(configs, folder):
     from dt_pretrain.sweeps import estimates, finished_runs, status_text, sweep_status
     table = sweep_status(configs, folder)
     cost = estimates(configs, finished_runs(folder)).rename(columns={'seconds': 'estimate'})
-    cost[table.state == 'done'] = [0, '']
+    cost[table.state.isin(['done', 'trained'])] = [0, '']
     return f'{status_text(table.join(cost))}; {cost.estimate.sum() / 3600:.1f} hours to go, one run after the other'
 
 # %% ../nbs/components/cli.ipynb #bc8690d5
@@ -112,7 +114,7 @@ def _parser():
     c.add_argument('--set', nargs='*', default=[], metavar='name=value', help='any other value of the configuration, such as setup=paper context_length=1 seed=3')
     c.add_argument('--runs-dir', help="where runs live (default: the project's runs/)")
     c.add_argument('--device', help='cpu or cuda (default: the GPU if there is one)')
-    for name, func, help in (('sweep', _sweep, 'run a grid of runs, here or on a cluster; what is done is left out'), ('status', _status, 'say which runs of a sweep are done, running, failed, stopped or to do')):
+    for name, func, help in (('sweep', _sweep, 'run a grid of runs, here or on a cluster; what is done is left out'), ('status', _status, 'say which runs of a sweep are done, trained but without their notebook, running, failed, stopped or to do')):
         c = command(name, func, help); preset(c)
         c.add_argument('file', help='a TOML file with [[runs]] tables, or the name of one in nbs/experiments/sweeps')
         c.add_argument('--task', choices=task_names(), help='instead of what the file says (without either: hopper-medium)')
@@ -133,7 +135,7 @@ def _engine_options(c):
     c.add_argument('--dry-run', action='store_true', help='print the table of runs with cost estimates, run nothing')
     c.add_argument('--engine', choices=['local', 'here', 'ray'], default='local', help='this machine; this process, one run after the other, without notebooks; or a Ray cluster (default: %(default)s)')
     c.add_argument('--stride', type=int, metavar='EPOCHS', help='train all runs so far before any goes on (default: each to its end)')
-    c.add_argument('--minutes', type=float, help='stop after so long, with all states saved; the same command goes on from there (default: no limit)')
+    c.add_argument('--minutes', type=float, help='stop runs after so long, with their states saved; the same command goes on from there (default: no limit)')
     c.add_argument('--jobs', type=int, default=2, help='engine local: runs at a time (default: %(default)s)')
     c.add_argument('--address', help="engine ray: the cluster's head, or `auto` on one of its machines (default: start Ray on this machine)")
     c.add_argument('--gpus-per-run', type=float, default=0, help='engine ray: share of a GPU that a run gets, such as 0.5 (default: none, runs work on CPUs)')

@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['kept_folder', 'constant_error', 'measure_head', 'play', 'with_kept', 'kept_at', 'keep_runs', 'arm_of', 'read_kept',
-           'advantage', 'full_scale_verdict']
+           'compared', 'advantage', 'full_scale_verdict']
 
-# %% ../nbs/components/full_scale.ipynb #0bde6e15
+# %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -19,11 +20,11 @@ from .findings import CLAIMS, judge, paired_difference
 from .finetuning import load_data, load_model
 from .rollouts import rollout
 from .runs import Run, read_table, whole_file
-from .setups import FinetuneConfig
+from .setups import FinetuneConfig, make_config
 from .tasks import InputError, project_root
 from .trajectories import ContextSampler
 
-# %% ../nbs/components/full_scale.ipynb #b4012c8a
+# %% ../nbs/components/full_scale.ipynb #ced475ad
 def kept_folder() -> Path:
     "Where results of large runs lie."
     return project_root() / 'results' / 'full-scale'
@@ -37,26 +38,28 @@ def constant_error(
 
 def measure_head(
     run: Run,
+    epoch: int,           # its newest
     windows: int = 1024,  # held out
 ) -> pd.DataFrame:        # a row a checkpoint
-    "What saturates the head, before training and now."
+    "What saturates the head, before training and after an epoch."
     train, held = load_data(run.config, progress=False)
     batch, rows = ContextSampler(held, run.config.context_length, windows, seed=0, stats=train).sample(), []
-    for epoch in sorted({0, run.last_epoch}):
-        with torch.autocast('cpu', torch.bfloat16, enabled=run.config.precision == 'bfloat16'): rows.append(dict(run=run.path.name, epoch=epoch, **head_statistics(load_model(run, epoch), batch)))
+    for e in sorted({0, epoch}):
+        with torch.autocast('cpu', torch.bfloat16, enabled=run.config.precision == 'bfloat16'): rows.append(dict(run=run.path.name, epoch=e, **head_statistics(load_model(run, e), batch)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/components/full_scale.ipynb #380738a4
+# %% ../nbs/components/full_scale.ipynb #5bd3b262
 def play(
     run: Run,
+    epoch: int,
     episodes: int = 100,
-) -> pd.DataFrame:  # one row: the run, its epoch, target return, and the `returns` of all episodes
-    "Returns of many episodes with the newest weights."
+) -> pd.DataFrame:  # one row: the run, the epoch, target return, and the `returns` of all episodes
+    "Returns of many episodes with the weights of an epoch."
     c, (train, _) = run.config, load_data(run.config, progress=False)
-    d = rollout(load_model(run), c.target_returns[0], train.state_mean, train.state_std, c.context_length, episodes, seed=2_000_000 + 10_000 * c.seed, bfloat16=c.precision == 'bfloat16', max_steps=c.eval_max_steps)
-    return pd.DataFrame([dict(run=run.path.name, epoch=run.last_epoch, target_return=c.target_returns[0], return_mean=d['return'].mean(), return_sd=d['return'].std(), score_mean=d.score.mean(), returns=d['return'].tolist())])
+    d = rollout(load_model(run, epoch), c.target_returns[0], train.state_mean, train.state_std, c.context_length, episodes, seed=2_000_000 + 10_000 * c.seed, bfloat16=c.precision == 'bfloat16', max_steps=c.eval_max_steps)
+    return pd.DataFrame([dict(run=run.path.name, epoch=epoch, target_return=c.target_returns[0], return_mean=d['return'].mean(), return_sd=d['return'].std(), score_mean=d.score.mean(), returns=d['return'].tolist())])
 
-# %% ../nbs/components/full_scale.ipynb #f6e7768c
+# %% ../nbs/components/full_scale.ipynb #e2f8cf5b
 def with_kept(
     new: pd.DataFrame,  # rows with a column `run`
     path: Path,         # of a parquet file, there or not
@@ -68,42 +71,51 @@ def with_kept(
 def kept_at(
     path: Path,
     run: Run,
+    epoch: int,
 ) -> bool:
-    "Whether a file has rows of a run at its last epoch."
-    return path.exists() and ((t := read_table(path)).epoch[t.run == run.path.name] == run.last_epoch).any()
+    "Whether a file has rows of a run at an epoch."
+    return path.exists() and ((t := read_table(path)).epoch[t.run == run.path.name] == epoch).any()
 
-# %% ../nbs/components/full_scale.ipynb #7a0bbfe4
+# %% ../nbs/components/full_scale.ipynb #9f391f9e
 def keep_runs(
     runs: list[Run],      # begun, of one task
     folder: Path,
-    measures: dict | None = None,  # name -> function of a run that gives a DataFrame, such as `dict(heads=measure_head)`
+    measures: dict | None = None,  # name -> function of a run and an epoch that gives a DataFrame, such as `dict(heads=measure_head)`
     progress: bool = True,
 ):
     "Write what runs have measured so far; measures that need a checkpoint are taken where they are missing."
     if len(tasks := {r.config.task for r in runs}) != 1: raise InputError('runs to keep', 'some, all of one task', ', '.join(sorted(tasks)) or 'none')
-    folder.mkdir(parents=True, exist_ok=True); (task,) = tasks
+    folder.mkdir(parents=True, exist_ok=True); (task,), newest = tasks, {r: r.last_epoch for r in runs}
     def write(name, table):
         path = folder / f'{task}{name}.parquet'; whole = with_kept(table, path)
         with whole_file(path) as tmp: whole.to_parquet(tmp)
-    constant = constant_error(runs[0].config)
-    write('', pd.concat([r.metrics.assign(warmup_steps=r.config.warmup_steps, epochs=r.config.epochs, constant_error=constant) for r in runs]))
+    write('', pd.concat([_facts(r, e) for r, e in newest.items()]))
     path = folder / f'{task}-manifests.json'
-    manifests = (json.loads(path.read_text()) if path.exists() else {}) | {r.path.name: dict(r.manifest, config=asdict(r.config)) for r in runs}
+    manifests = (json.loads(path.read_text()) if path.exists() else {}) | {r.path.name: dict(r.manifest, last_epoch=e, config=asdict(r.config)) for r, e in newest.items()}
     with whole_file(path) as tmp: tmp.write_text(json.dumps(manifests, indent=1))
     for name, measure in (measures or {}).items():
-        todo = [r for r in runs if not kept_at(folder / f'{task}-{name}.parquet', r)]
-        for r in tqdm(todo, desc=name, unit='run', disable=not progress): write(f'-{name}', measure(r))
+        todo = [r for r in runs if not kept_at(folder / f'{task}-{name}.parquet', r, newest[r])]
+        for r in tqdm(todo, desc=name, unit='run', disable=not progress): write(f'-{name}', measure(r, newest[r]))
 
-# %% ../nbs/components/full_scale.ipynb #12ada484
+def _facts(run, epoch):
+    "Metrics up to an epoch, with what else tells arms apart."
+    c = run.config
+    return run.metrics.query('epoch <= @epoch').assign(warmup_steps=c.warmup_steps, planned=c.epochs * c.steps_per_epoch, constant_error=_constant(c.task, c.source, c.path, c.n_steps, c.held_out))
+
+@lru_cache
+def _constant(task, source, path, n_steps, held_out):
+    return constant_error(make_config('mini', task=task, source=source, path=path, n_steps=n_steps, held_out=held_out))
+
+# %% ../nbs/components/full_scale.ipynb #902b84a4
 _WEIGHTS = {'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments'}
 
 def arm_of(
-    row,  # of metrics: initialisation, setup, donor, block, warmup_steps
+    row,  # of metrics: initialisation, setup, context_length, donor, block, warmup_steps, planned (updates)
 ) -> str:
     "Name of an arm."
     arm = _WEIGHTS.get(row['initialisation']) or 'GPT-2, ' + ('1 head, ReLU, random' if row['setup'] == 'paper' else row['initialisation'])
     if pd.notna(row['donor']): arm += f", block {int(row['block']) + 1} {_WEIGHTS.get(row['donor'], row['donor'])}"
-    return arm + ', long warm-up' * (row['warmup_steps'] > 1000)
+    return arm + f", K={row['context_length']}" * (row['context_length'] > 1) + ', long warm-up' * (row['warmup_steps'] > row['planned'] / 2)
 
 def read_kept(
     task: str = 'hopper-medium',
@@ -113,31 +125,48 @@ def read_kept(
     "What is kept of a task's runs; raises InputError if nothing is."
     folder = folder or kept_folder()
     table, metrics = (read_table(folder / f'{task}{n}.parquet') for n in (name, ''))
-    if name: table = table.merge(metrics.drop_duplicates('run')[['run', 'initialisation', 'setup', 'donor', 'block', 'warmup_steps', 'head', 'seed', 'context_length']], on='run')
+    if name: table = table.merge(metrics.drop_duplicates('run')[['run', 'initialisation', 'setup', 'donor', 'block', 'warmup_steps', 'planned', 'head', 'seed', 'context_length']], on='run')
     return table.assign(arm=table.apply(arm_of, axis=1))
 
-# %% ../nbs/components/full_scale.ipynb #69200bf7
-def advantage(
+# %% ../nbs/components/full_scale.ipynb #fada85a2
+def compared(
     metrics: pd.DataFrame,  # from `read_kept`
     head: str,
-    of: str,                # an arm
-    over: str,              # another
+    arms: list[str],
     least: int = 0,         # updates that a run must have to count
-) -> tuple[tuple, int]:     # how much lower the error of the first is: mean, lower and upper end, seeds; and over how many updates
-    "How much faster one arm learns than another."
-    both = metrics[(metrics['head'] == head) & metrics.arm.isin([of, over]) & (metrics.groupby('run').step.transform('max') >= max(1, least))]
-    if missing := {of, over} - set(both.arm): raise InputError(f'runs with a {head} head', f'of {of} and {over}, with at least {max(1, least)} updates', f'none of {", ".join(sorted(missing))}')
-    common = both.groupby('run').step.max().min()
-    areas = area_under_curve(both[both.step <= common]).set_index(['arm', 'seed']).area
-    return paired_difference(areas, over, of), int(common)
+) -> pd.DataFrame:          # a row a run: `arm`, `seed`, `area`, and at the end of the comparison `error` and `updates`
+    "Runs of several arms, alike in seeds and updates."
+    d = metrics[(metrics['head'] == head) & metrics.arm.isin(arms) & (metrics.groupby('run').step.transform('max') >= max(1, least))]
+    alike = set.intersection(*(set(d.seed[d.arm == a]) for a in arms))
+    if not alike: raise InputError(f'runs with a {head} head and at least {max(1, least)} updates', f'a seed that {", ".join(arms)} have in common', 'none')
+    d = d[d.seed.isin(alike)]; d = d[d.step <= d.groupby('run').step.max().min()]
+    if (twice := d.groupby(['arm', 'seed']).run.nunique() > 1).any(): raise InputError(f'runs of {twice.idxmax()}', 'one of each arm and seed', 'several')
+    last = d.sort_values('step').groupby('run').last()
+    areas = area_under_curve(d)
+    return areas.assign(error=areas.run.map(last.held_out_error), updates=areas.run.map(last.step))
 
+def advantage(
+    metrics: pd.DataFrame,
+    head: str,
+    of: str,            # an arm
+    over: str,          # another
+    least: int = 0,
+) -> tuple[tuple, int]: # how much lower the error of the first is: mean, lower and upper end, seeds; and over how many updates
+    "How much lower one arm's mean error over training is than another's."
+    runs = compared(metrics, head, [of, over], least)
+    return paired_difference(runs.set_index(['arm', 'seed']).area, over, of), int(runs.updates.max())
+
+# %% ../nbs/components/full_scale.ipynb #87e8da9c
 def full_scale_verdict(
     metrics: pd.DataFrame,
     head: str,
     least: int = 600,  # updates that a run must have to count
-) -> dict:             # `verdict`, `effect`, `beyond`, `updates`, `seeds`
-    "Finding 5's verdict on large runs: language against random weights, and against the control."
-    effect, n = advantage(metrics, head, 'language', 'random', least)
-    beyond, m = advantage(metrics, head, 'language', 'language-permuted', least)
-    seeds = min(effect[3], beyond[3])
-    return dict(verdict=judge(effect[:3], beyond[:3], CLAIMS[5].smallest, seeds, 'paper'), effect=effect, beyond=beyond, updates=min(n, m), seeds=seeds)
+) -> dict:             # `verdict`, `effect`, `beyond`, `seeds`, `updates`, `errors` by arm at the end, `constant`: error of a constant guess
+    "Finding 5's verdict on large runs."
+    arms = ['language', 'random', 'language-permuted']
+    runs = compared(metrics, head, arms, least); areas, errors = runs.set_index(['arm', 'seed']).area, runs.groupby('arm').error.mean()
+    effect, beyond = (paired_difference(areas, other, 'language') for other in arms[1:])
+    constant = float(metrics.constant_error[metrics.run.isin(runs.run)].mean())
+    verdict = judge(effect[:3], beyond[:3], CLAIMS[5].smallest, effect[3], 'paper')
+    if verdict == 'supported' and not errors['language'] < constant: verdict = 'inconclusive'
+    return dict(verdict=verdict, effect=effect, beyond=beyond, seeds=effect[3], updates=int(runs.updates.max()), errors=errors[arms].to_dict(), constant=constant)

@@ -42,7 +42,7 @@ def read_sweep(
     except OSError as e: raise InputError(str(path), 'a sweep file', e.strerror) from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise InputError(str(path), 'TOML', e) from e
     tables = content.get('runs')
-    if set(content) != {'runs'} or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables): raise InputError(str(path), '[[runs]] tables and nothing else', ', '.join(content) or 'nothing')
+    if not {'runs'} <= set(content) <= {'runs', 'report'} or type(content.get('report', True)) is not bool or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables): raise InputError(str(path), '[[runs]] tables, and nothing else but `report = false`', ', '.join(content) or 'nothing')
     if preset not in PRESETS: raise InputError('preset', f'one of {", ".join(PRESETS)}', repr(preset))
     if seeds is not None and seeds < 1: raise InputError('seeds', 'at least 1', seeds)
     return list(dict.fromkeys(c for t in tables for c in _cross(path, dict(t), preset, seeds, values)))
@@ -197,10 +197,12 @@ def here(
             if job.trained: yield [(job, None)]
             elif job.run.in_use(): waiting.append(job); yield []; time.sleep(1)
             else: yield [(job, _in_process(job, device, progress))]
+    engine.needs_notebook = False
     return engine
 
 def _in_process(job, device, progress):
     "One run: its error, if there was one."
+    (job.run.path / 'finetune.ipynb').unlink(missing_ok=True)  # it would show less than the run has
     try: finetune(job.config, job.runs_dir, device, progress, wait=60, until=job.parameters.get('until'))
     except (InputError, FloatingPointError, RuntimeError, OSError) as e: return job.fail(f'{type(e).__name__}: {e}')
     (job.run.path / 'error.txt').unlink(missing_ok=True)
@@ -324,6 +326,7 @@ def run_sweep(
 ) -> list[Run]:                    # in the order of `configs`; raises RuntimeError that lists the runs that failed
     "Execute a notebook for every run that is not done."
     if stride is not None and stride < 1: raise InputError('stride', 'at least 1 epoch', stride)
+    if notebook is None and getattr(engine, 'needs_notebook', True): raise InputError('notebook', 'the notebook that makes a run', None)
     engine, every, failed = engine or local(jobs), [Job(c, notebook, runs_dir) for c in configs], {}
     todo = sorted((j for j in every if not j.done), key=lambda j: operations(j.config), reverse=True)
     if not todo: return [j.run for j in every]
@@ -353,10 +356,10 @@ def time_limit(
     finally: timer.cancel()
 
 def _stages(jobs, stride):
-    "The jobs to the first goal, to the second, ..., to the end."
-    if stride is not None:
-        for goal in range(stride, max(j.config.epochs for j in jobs), stride): yield [Job(j.config, j.notebook, j.runs_dir, until=goal) for j in jobs if j.config.epochs > goal]
-    yield jobs
+    "The jobs to the first goal, to the second, ...; each to its end where that comes first."
+    if stride is None: yield jobs; return
+    for goal in range(stride, max(j.config.epochs for j in jobs) + stride, stride):
+        yield [j if j.config.epochs <= goal else Job(j.config, j.notebook, j.runs_dir, until=goal) for j in jobs if j.config.epochs > goal - stride]
 
 # %% ../nbs/components/sweeps.ipynb #91a9ab87
 def _work_off(jobs, engine, bar, failed, every, sigterm):

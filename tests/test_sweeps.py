@@ -12,7 +12,7 @@ from soak import processes
 from dt_pretrain.cli import main
 from dt_pretrain.collection import collected
 from dt_pretrain.runs import find_runs
-from dt_pretrain.sweeps import Job, estimates, finished_runs, local, on_ray, read_sweep, run_sweep, sweep_status
+from dt_pretrain.sweeps import Job, estimates, finished_runs, here, local, on_ray, read_sweep, run_sweep, sweep_status
 from dt_pretrain.tasks import InputError
 
 SWEEP = """
@@ -87,7 +87,7 @@ def test_a_sweep_that_is_stopped_can_go_on_and_leaves_no_process(sweep, tmp_path
 def test_a_sweep_in_pieces_without_notebooks_ends_the_same(sweep, tmp_path):
     "Two seconds at a time, an epoch of each run in turn, as on a machine that is lent."
     from dt_pretrain.finetuning import finetune
-    path, configs = sweep(steps=150, seeds=2)
+    path, configs = sweep(steps=250, seeds=2)
     args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--engine", "here", "--stride", "1", "--minutes", "0.04"
     seen = []
     while not seen or set(seen[-1].state) != {"trained"}:
@@ -104,6 +104,18 @@ def test_a_sweep_in_pieces_without_notebooks_ends_the_same(sweep, tmp_path):
         run, alone = Job(c, None, tmp_path / "runs").run, finetune(c, tmp_path / "alone", progress=False)
         assert run.metrics.equals(alone.metrics)
         assert run.checkpoint_path(3).read_bytes() == alone.checkpoint_path(3).read_bytes()
+
+
+def test_a_stage_in_notebooks_and_the_rest_without_leaves_no_stale_page(sweep, tmp_path, notebook):
+    _, (config,) = sweep(seeds=1)
+    job = Job(config, notebook, tmp_path)
+    for _ in local(1)([Job(config, notebook, tmp_path, until=1)]):
+        pass
+    assert job.run.last_epoch == 1 and (job.run.path / "finetune.ipynb").exists()
+    run_sweep([config], None, tmp_path, progress=False, engine=here("cpu", progress=False))
+    assert job.trained and not job.done and sweep_status([config], tmp_path).state.to_list() == ["trained"]
+    run_sweep([config], notebook, tmp_path, progress=False)
+    assert job.done and job.run.manifest["starts"] == 2   # the notebook was made, nothing was trained again
 
 
 def test_two_sweeps_at_once_share_the_work(sweep, tmp_path, notebook):
