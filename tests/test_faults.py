@@ -471,7 +471,7 @@ MALFORMED = {
     # sweeps, results, notebooks
     "a sweep that is a folder": (lambda t: read_sweep(t / "..", "smoke"), "expected a sweep file, found Is a directory"),
     "a sweep of bytes": (lambda t: read_sweep(write(t / "s.toml", b"\xff\xfe"), "smoke"), "s.toml: expected TOML"),
-    "a sweep with other tables": (lambda t: sweep_of(t, RUNS + "[other]"), "s.toml: expected [[runs]] tables and nothing else, found runs, other"),
+    "a sweep with other tables": (lambda t: sweep_of(t, RUNS + "[other]"), "s.toml: expected [[runs]] tables, and nothing else but `report = false`, found runs, other"),
     "a sweep with seeds in words": (lambda t: sweep_of(t, '[[runs]]\nseeds = {smoke = "three"}'), "s.toml: seeds: expected a number for each preset"),
     "a sweep with a date": (lambda t: sweep_of(t, RUNS + "epochs = 2026-01-01"), "s.toml: epochs: expected int"),
     "a sweep with a table of tables": (lambda t: sweep_of(t, RUNS + "setup = {a = 1}"), "s.toml: setup: expected a value, a list of them, or either for each preset"),
