@@ -69,13 +69,19 @@ def embed(self: DecisionTransformer,
 
 # %% ../nbs/components/decision_transformer.ipynb #0ae30bdb
 @patch
+def represent(self: DecisionTransformer,
+    batch: Batch,
+) -> torch.Tensor:  # (B, K, width), what the head sees
+    "The backbone's output at the state tokens."
+    mask = None if batch.mask is None else batch.mask.repeat_interleave(3, dim=1)  # (B, 3K)
+    return self.backbone(inputs_embeds=self.embed(batch), attention_mask=mask).last_hidden_state[:, 1::3]
+
+@patch
 def forward(self: DecisionTransformer,
     batch: Batch,
 ) -> torch.Tensor:  # (B, K, action_dim) in [-1, 1]
     "Predict the action of every step of the window."
-    mask = None if batch.mask is None else batch.mask.repeat_interleave(3, dim=1)  # (B, 3K)
-    hidden = self.backbone(inputs_embeds=self.embed(batch), attention_mask=mask).last_hidden_state
-    return self.head(hidden[:, 1::3], self.embed_action).tanh()
+    return self.head(self.represent(batch), self.embed_action).tanh()
 
 # %% ../nbs/components/decision_transformer.ipynb #64c14d6f
 def action_error(
@@ -93,8 +99,7 @@ def head_statistics(
     batch: Batch,
 ) -> dict:  # `rms`, `offset`, `spread` before the tanh; `passes`, the share of the gradient; `similarity`, mean cosine of two states
     "What the head makes of all states of a batch that are not padding, and how alike they are to it."
-    mask = None if batch.mask is None else batch.mask.repeat_interleave(3, dim=1)
-    hidden = model.backbone(inputs_embeds=model.embed(batch), attention_mask=mask).last_hidden_state[:, 1::3].float()
+    hidden = model.represent(batch).float()
     hidden = hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask.bool()]   # (N, width)
     z, n = model.head(hidden, model.embed_action).float(), len(hidden)                   # (N, action_dim)
     direction = torch.nn.functional.normalize(hidden, dim=-1)

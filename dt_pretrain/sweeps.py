@@ -322,7 +322,6 @@ def run_sweep(
     progress: bool = True,
     engine=None,                   # `local(jobs)`, or one such as `here()` or `on_ray()`
     stride: int | None = None,     # epochs that every run gets before any goes on; by default each runs to its end
-    minutes: float | None = None,  # stop after so long
 ) -> list[Run]:                    # in the order of `configs`; raises RuntimeError that lists the runs that failed
     "Execute a notebook for every run that is not done."
     if stride is not None and stride < 1: raise InputError('stride', 'at least 1 epoch', stride)
@@ -330,7 +329,7 @@ def run_sweep(
     engine, every, failed = engine or local(jobs), [Job(c, notebook, runs_dir) for c in configs], {}
     todo = sorted((j for j in every if not j.done), key=lambda j: operations(j.config), reverse=True)
     if not todo: return [j.run for j in every]
-    with Sigterm() as sigterm, time_limit(minutes), tqdm(total=sum(j.config.epochs * j.config.steps_per_epoch for j in todo), unit='step', disable=not progress) as bar:
+    with Sigterm() as sigterm, tqdm(total=sum(j.config.epochs * j.config.steps_per_epoch for j in todo), unit='step', disable=not progress) as bar:
         for stage in _stages(todo, stride):
             left = [j for j in stage if not j.done and j.run.name not in failed]
             if left: _work_off(left, engine, bar, failed, todo, sigterm)
