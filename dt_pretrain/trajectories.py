@@ -170,8 +170,8 @@ def windows(self: ContextSampler,
     offset = torch.arange(self.K, device=self.device) - (self.K - length)[:, None]         # (B, K), negative in the padding
     mask, i = offset >= 0, start[:, None] + offset.clamp(min=0)                            # (B, K)
     fill = lambda x, value: torch.where(mask[..., None], x[i], value)
-    return Batch(fill(self.states, self.pad_state), fill(self.actions, torch.tensor(-10., device=self.device)),
-                 fill(self.rtg, torch.tensor(0., device=self.device)), self.t[i] * mask, mask)
+    return Batch(fill(self.states, self.pad_state), fill(self.actions, -10.),
+                 fill(self.rtg, 0.), self.t[i] * mask, mask)
 
 # %% ../nbs/components/trajectories.ipynb #69113e26
 def _check_hdf5(file):
