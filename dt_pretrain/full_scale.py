@@ -27,7 +27,7 @@ from .analysis.mutual_information import mutual_information
 from .analysis.parameter_change import parameter_change
 from .decision_transformer import head_statistics
 from .findings import CLAIMS, judge, paired_difference
-from .finetuning import default_device, load_data, load_model
+from .finetuning import default_device, finetune, load_data, load_model
 from .rollouts import rollout
 from .runs import Run, read_table, run_folder, whole_file
 from .setups import FinetuneConfig, make_config, run_name
@@ -249,9 +249,8 @@ def read_kept(
 ) -> pd.DataFrame:                 # a row an epoch, with `arm`
     "What is kept of a task's runs; raises InputError if nothing is."
     folder = folder or kept_folder()
-    table, metrics = (read_table(folder / f'{task}{n}.parquet') for n in (name, ''))
-    if name: table = table.merge(metrics.drop_duplicates('run')[['run', 'initialisation', 'setup', 'donor', 'block', 'warmup_steps', 'planned', 'head', 'seed', 'context_length']], on='run')
-    return table.assign(arm=table.apply(arm_of, axis=1))
+    metrics = read_table(folder / f'{task}.parquet'); metrics = metrics.assign(arm=metrics.apply(arm_of, axis=1))
+    return read_table(folder / f'{task}{name}.parquet').merge(metrics.drop_duplicates('run')[['run', 'arm', 'head', 'seed', 'context_length']], on='run') if name else metrics
 
 # %% ../nbs/components/full_scale.ipynb #fada85a2
 def compared(
