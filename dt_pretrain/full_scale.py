@@ -235,12 +235,13 @@ def add_kept(
 _WEIGHTS = {'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments'}
 
 def arm_of(
-    row,  # of metrics: initialisation, setup, context_length, donor, block, warmup_steps, planned (updates)
+    row,  # of metrics: initialisation, setup, context_length, targets (of an update), donor, block, warmup_steps, planned (updates)
 ) -> str:
     "Name of an arm."
     arm = _WEIGHTS.get(row['initialisation']) or 'GPT-2, ' + ('1 head, ReLU, random' if row['setup'] == 'paper' else row['initialisation'])
     if pd.notna(row['donor']): arm += f", block {int(row['block']) + 1} {_WEIGHTS.get(row['donor'], row['donor'])}"
-    return arm + f", K={row['context_length']}" * (row['context_length'] > 1) + ', long warm-up' * (row['warmup_steps'] > row['planned'] / 2)
+    few = row['targets'] // row['context_length'] if row['context_length'] > 1 else 64
+    return arm + f", K={row['context_length']}" * (row['context_length'] > 1) + f', {few} windows' * (few < 64) + ', long warm-up' * (row['warmup_steps'] > row['planned'] / 2)
 
 def read_kept(
     task: str = 'hopper-medium',
