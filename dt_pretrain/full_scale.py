@@ -49,12 +49,12 @@ def constant_error(
 def measure_head(
     run: Run,
     epoch: int,           # its newest
-    windows: int = 1024,  # held out
+    steps: int = 1024,    # held out, in windows of the run's context
     device: str | None = None,  # the GPU by default if there is one
 ) -> pd.DataFrame:        # a row a checkpoint
     "What saturates the head, before training and after an epoch."
     (train, held), device = load_data(run.config, progress=False), device or default_device()
-    batch, rows = ContextSampler(held, run.config.context_length, windows, seed=0, stats=train, device=device).sample(), []
+    batch, rows = ContextSampler(held, run.config.context_length, -(-steps // run.config.context_length), seed=0, stats=train, device=device).sample(), []
     for e in sorted({0, epoch}):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=run.config.precision == 'bfloat16'): rows.append(dict(run=run.path.name, epoch=e, **head_statistics(load_model(run, e).to(device), batch)))
     return pd.DataFrame(rows)
