@@ -6,7 +6,7 @@ __all__ = ['kept_folder', 'constant_error', 'measure_head', 'play', 'measure_rep
            'train_and_keep', 'add_kept', 'arm_of', 'read_kept', 'compared', 'advantage', 'full_scale_verdict']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
-import json, traceback
+import json
 from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
@@ -203,21 +203,23 @@ def _constant(task, source, path, n_steps, held_out):
 # %% ../nbs/components/full_scale.ipynb #26e37622
 def train_and_keep(
     configs: list[FinetuneConfig],  # the first first
-    runs_dir: str | Path,
+    runs_dir: str | Path,           # weights of these runs are deleted in it
     folder: Path,                   # for results: a folder a run
     measures=lambda config: {},     # of a configuration: as `keep_runs` wants them
     device: str | None = None,
-):
+):                                  # raises RuntimeError that lists the runs that failed
     "Train runs that nobody else works on, keep what they measured, delete their weights."
+    failed = {}
     for config in configs:
         place, path = folder / run_name(config), run_folder(config, runs_dir)
         place.mkdir(parents=True, exist_ok=True)
         with suppress(Timeout), FileLock(place / '.lock', timeout=0):
-            if any((place / done).exists() for done in ('whole', 'error.txt')): continue
+            if (place / 'whole').exists(): continue
             try: keep_runs([finetune(config, runs_dir, device, progress=False)], place, measures, progress=False)
-            except (RuntimeError, ValueError, ArithmeticError, OSError): (place / 'error.txt').write_text(traceback.format_exc()); continue
+            except (RuntimeError, ValueError, ArithmeticError, OSError) as e: failed[place.name] = f'{type(e).__name__}: {e}'; continue
             for weights in path.glob('*.safetensors'): weights.unlink()
             (place / 'whole').touch()
+    if failed: raise RuntimeError(f'{len(failed)} of {len(configs)} runs failed:\n' + '\n'.join(f'  {n}: {e}' for n, e in failed.items()))
 
 # %% ../nbs/components/full_scale.ipynb #ad0f00d1
 def add_kept(
