@@ -4,8 +4,9 @@
 __all__ = ['ADAPTERS', 'SHIPPED', 'HUB', 'CONTROLS', 'Adapter', 'register_adapter', 'adapter_of', 'NoPositions',
            'without_embeddings', 'blocks', 'site', 'Architecture', 'from_config', 'random_gpt2', 'record',
            'attention_weights', 'shipped_names', 'card', 'locate', 'read_config', 'load_pretrained', 'in_gpt2_blocks',
-           'permuted', 'moments', 'reinitialised', 'mimetic', 'Initialisation', 'parse_initialisation', 'is_pretrained',
-           'load_backbone', 'weights_hash', 'describe', 'transplant', 'weight_per_block', 'initialisation_table']
+           'permuted', 'moments', 'reinitialised', 'rescaled', 'mimetic', 'Initialisation', 'parse_initialisation',
+           'is_pretrained', 'load_backbone', 'weights_hash', 'describe', 'transplant', 'weight_per_block',
+           'initialisation_table']
 
 # %% ../nbs/components/backbones.ipynb #251b080c
 import hashlib, importlib.util, json, re
@@ -317,6 +318,15 @@ def reinitialised(
     "Random weights in the same architecture."
     return from_config(backbone.config, seed)
 
+def rescaled(
+    backbone: PreTrainedModel,
+    seed: int = 0,
+) -> PreTrainedModel:
+    "Each tensor times a number that makes it as large (root mean square) as it is in random weights."
+    body, fresh = deepcopy(backbone), reinitialised(backbone, seed)
+    for p, q in zip(body.parameters(), fresh.parameters(), strict=True): p.data = nn.functional.normalize(p.data.flatten(), dim=0).view_as(p) * q.data.norm()
+    return body
+
 # %% ../nbs/components/backbones.ipynb #95edcca2
 def _halves(product, rank):
     "Two factors (d, rank) and (rank, d) of the best approximation of a product."
@@ -342,7 +352,7 @@ def mimetic(
     return body
 
 # %% ../nbs/components/backbones.ipynb #6f3ce7ac
-CONTROLS = dict(permuted=permuted, moments=moments, random=reinitialised, mimetic=mimetic)
+CONTROLS = dict(permuted=permuted, moments=moments, random=reinitialised, rescaled=rescaled, mimetic=mimetic)
 
 @dataclass(frozen=True)
 class Initialisation:
