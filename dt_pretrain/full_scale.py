@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['kept_folder', 'constant_error', 'measure_head', 'play', 'measure_representations', 'measure_weights',
-           'measure_gradients', 'measure_context', 'measure_information', 'inside', 'with_kept', 'kept_at', 'keep_runs',
-           'train_and_keep', 'add_kept', 'arm_of', 'read_kept', 'compared', 'advantage', 'full_scale_verdict']
+           'measure_gradients', 'measure_context', 'measure_information', 'linear_r2', 'measure_probe', 'inside',
+           'with_kept', 'kept_at', 'keep_runs', 'train_and_keep', 'add_kept', 'arm_of', 'read_kept', 'compared',
+           'advantage', 'full_scale_verdict']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -128,6 +129,10 @@ def measure_context(
     return _of_both(run, epoch, device, lambda m: pd.concat([context_use(m, batch, 'other', span, lags) for span, lags in (('one', [l for l in (1, 2, 3, 5, 10, 19) if l < K]), ('beyond', [1]))]))
 
 # %% ../nbs/components/full_scale.ipynb #51f41d15
+def _some(last, n):
+    "So many blocks, evenly spaced."
+    return np.unique(np.linspace(0, last, n).round().astype(int)).tolist()
+
 def measure_information(
     run: Run,
     epoch: int,                 # its newest
@@ -141,8 +146,37 @@ def measure_information(
     about = dict(X=(batch.states[:, -1].cpu().numpy(), .3), Y=(batch.actions[:, -1].cpu().numpy(), 0.))   # the data, and noise on the output
     def of(model):
         seen = {b: t.cpu().numpy() for (b, _, kind), t in activations(model, batch).items() if kind == 'state' and b >= 0}
-        seen = {b: seen[b] for b in np.unique(np.linspace(0, max(seen), blocks).round())}
+        seen = {b: seen[b] for b in _some(max(seen), blocks)}
         return pd.concat([mutual_information({b: x for b in seen}, seen, n_seeds=1, noise=noise, steps=steps, progress=False, device=device or default_device()).assign(about=name) for name, (x, noise) in about.items()]).rename(columns=dict(problem='block'))
+    return _of_both(run, epoch, device, of)
+
+# %% ../nbs/components/full_scale.ipynb #13c83916
+def linear_r2(
+    x: np.ndarray,      # (n, p) outputs
+    y: np.ndarray,      # (n, q) what to read off them
+    x_new: np.ndarray,  # (m, p) others, to judge by
+    y_new: np.ndarray,  # (m, q)
+) -> float:             # explained share of the variance: 1 all, 0 no more than the mean, negative less
+    "What a linear map reads off outputs: ridge regression of standardised outputs, its penalty by leave-one-out."
+    from sklearn.linear_model import RidgeCV
+    from sklearn.metrics import r2_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    return r2_score(y_new, make_pipeline(StandardScaler(), RidgeCV(np.logspace(-4, 4, 9))).fit(x, y).predict(x_new), multioutput='variance_weighted')
+
+def measure_probe(
+    run: Run,
+    epoch: int,                 # its newest
+    windows: int = 2000,        # to fit on; half as many held-out ones to judge by
+    blocks: int = 9,            # first to last, beside the embeddings
+    device: str | None = None,  # the GPU by default if there is one
+) -> pd.DataFrame:              # a row a block (-1: the embeddings), model (`when`) and what it is `about`: `r2`
+    "How much of the last state (X) or action (Y) a linear map reads off each block's output at the last state token."
+    batches = [_shown(run, n, device, held_out=h) for n, h in ((windows, False), (windows // 2, True))]
+    about = {a: [getattr(b, name)[:, -1].double().cpu().numpy() for b in batches] for a, name in (('X', 'states'), ('Y', 'actions'))}
+    def of(model):
+        seen = [{b: t.double().cpu().numpy() for (b, _, kind), t in activations(model, batch).items() if kind == 'state'} for batch in batches]
+        return pd.DataFrame([dict(block=b, about=a, r2=linear_r2(seen[0][b], y, seen[1][b], y_new)) for b in [-1, *_some(max(seen[0]), blocks)] for a, (y, y_new) in about.items()])
     return _of_both(run, epoch, device, of)
 
 # %% ../nbs/components/full_scale.ipynb #03200705
@@ -150,7 +184,7 @@ def inside(
     config: FinetuneConfig,
 ) -> dict:  # name -> function of a run and an epoch
     "All of these that a configuration allows."
-    return dict(representations=measure_representations, weights=measure_weights, gradients=measure_gradients, information=measure_information) | (dict(context=measure_context) if config.context_length > 1 else {})
+    return dict(representations=measure_representations, weights=measure_weights, gradients=measure_gradients, information=measure_information, probe=measure_probe) | (dict(context=measure_context) if config.context_length > 1 else {})
 
 # %% ../nbs/components/full_scale.ipynb #e2f8cf5b
 def with_kept(
@@ -234,7 +268,7 @@ def add_kept(
     for path in sorted(found.glob('*/*-manifests.json')): _add_manifests(folder / path.name, json.loads(path.read_text()))
 
 # %% ../nbs/components/full_scale.ipynb #902b84a4
-_WEIGHTS = {'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments'}
+_WEIGHTS = {'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments', 'smollm2-rescaled': 'language-rescaled'}
 
 def arm_of(
     row,  # of metrics: initialisation, setup, context_length, targets (of an update), donor, block, warmup_steps, planned (updates)
