@@ -167,12 +167,13 @@ def linear_r2(
 def measure_probe(
     run: Run,
     epoch: int,                 # its newest
-    windows: int = 2000,        # to fit on; half as many held-out ones to judge by
+    windows: int = 2000,        # to fit on; half as many held-out ones to judge by, or all there are
     blocks: int = 9,            # first to last, beside the embeddings
     device: str | None = None,  # the GPU by default if there is one
 ) -> pd.DataFrame:              # a row a block (-1: the embeddings), model (`when`) and what it is `about`: `r2`
     "How much of the last state (X) or action (Y) a linear map reads off each block's output at the last state token."
-    batches = [_shown(run, n, device, held_out=h) for n, h in ((windows, False), (windows // 2, True))]
+    there = int((load_data(run.config, progress=False)[1].episode_length - run.config.context_length + 1).clip(0).sum())
+    batches = [_shown(run, windows, device), _shown(run, min(windows // 2, there), device, held_out=True)]
     about = {a: [getattr(b, name)[:, -1].double().cpu().numpy() for b in batches] for a, name in (('X', 'states'), ('Y', 'actions'))}
     def of(model):
         seen = [{b: t.double().cpu().numpy() for (b, _, kind), t in activations(model, batch).items() if kind == 'state'} for batch in batches]
