@@ -5,8 +5,8 @@ __all__ = ['ADAPTERS', 'SHIPPED', 'HUB', 'CONTROLS', 'Adapter', 'register_adapte
            'without_embeddings', 'blocks', 'site', 'Architecture', 'from_config', 'random_gpt2', 'record',
            'attention_weights', 'shipped_names', 'card', 'locate', 'read_config', 'load_pretrained', 'in_gpt2_blocks',
            'permuted', 'moments', 'reinitialised', 'rescaled', 'mimetic', 'Initialisation', 'parse_initialisation',
-           'is_pretrained', 'load_backbone', 'weights_hash', 'describe', 'transplant', 'weight_per_block',
-           'initialisation_table']
+           'is_pretrained', 'load_backbone', 'weights_hash', 'describe', 'transplant', 'fast_bfloat16',
+           'mixed_precision', 'weight_per_block', 'initialisation_table']
 
 # %% ../nbs/components/backbones.ipynb #251b080c
 import hashlib, importlib.util, json, re
@@ -431,6 +431,21 @@ def transplant(
     if with_heads: blocks(body)[block] = deepcopy(blocks(donor)[block])
     else: blocks(body)[block].load_state_dict(blocks(donor)[block].state_dict())
     return body
+
+# %% ../nbs/components/backbones.ipynb #530c1566
+def fast_bfloat16(
+    device: str | torch.device,
+) -> bool:
+    "Whether a device has instructions for bfloat16, or at least the vector unit that makes up for them."
+    if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    return hasattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported') and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+def mixed_precision(
+    device: str | torch.device,
+    bfloat16: bool = True,  # wanted
+) -> torch.autocast:
+    "A context in which matrices are multiplied in bfloat16 if that is wanted and fast."
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16 and fast_bfloat16(device))
 
 # %% ../nbs/components/backbones.ipynb #59789aac
 def weight_per_block(

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .backbones import Architecture, adapter_of, describe, load_backbone, parse_initialisation, read_config, transplant
+from .backbones import Architecture, adapter_of, describe, load_backbone, mixed_precision, parse_initialisation, read_config, transplant
 from .collection import load_trajectories
 from .decision_transformer import DecisionTransformer, action_error
 from .rollouts import rollout
@@ -96,7 +96,7 @@ class Trainer:
         self.held_out = held.sample()  # the same windows for every run and epoch
         torch.manual_seed(stream(config.seed, 'dropout'))
 
-    def autocast(self): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == 'bfloat16')
+    def autocast(self): return mixed_precision(self.device, self.config.precision == 'bfloat16')
 
 # %% ../nbs/components/finetuning.ipynb #fb2584a8
 @patch

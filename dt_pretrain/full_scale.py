@@ -26,6 +26,7 @@ from .analysis.gradients import gradient_norms, sample_norms
 from .analysis.learning_curves import area_under_curve, factorial_effects
 from .analysis.mutual_information import mutual_information
 from .analysis.parameter_change import parameter_change
+from .backbones import mixed_precision
 from .decision_transformer import head_statistics
 from .findings import CLAIMS, judge, paired_difference, spell
 from .finetuning import default_device, finetune, load_data, load_model
@@ -57,7 +58,7 @@ def measure_head(
     (train, held), device = load_data(run.config, progress=False), device or default_device()
     batch, rows = ContextSampler(held, run.config.context_length, -(-steps // run.config.context_length), seed=0, stats=train, device=device).sample(), []
     for e in sorted({0, epoch}):
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=run.config.precision == 'bfloat16'): rows.append(dict(run=run.path.name, epoch=e, **head_statistics(load_model(run, e).to(device), batch)))
+        with mixed_precision(device, run.config.precision == 'bfloat16'): rows.append(dict(run=run.path.name, epoch=e, **head_statistics(load_model(run, e).to(device), batch)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #5bd3b262

@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, ImageGPTConfig, ImageGPTForCausalImageModeling, get_cosine_schedule_with_warmup
 
-from .backbones import Architecture
+from .backbones import Architecture, mixed_precision
 from .tasks import InputError
 
 # %% ../nbs/components/pretraining.ipynb #cc7750ed
@@ -165,11 +165,11 @@ def new_model(
 def bits(
     model,
     tokens: np.ndarray,     # (n, L+1)
-    bfloat16: bool = False,
+    bfloat16: bool = False,  # where that is fast
 ) -> torch.Tensor:          # (n, L) of each token after the first, given those before it
     "Bits that the model needs for each token."
     x = torch.as_tensor(np.ascontiguousarray(tokens), dtype=torch.long, device=model.device)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16): logits = model(x[:, :-1], use_cache=False).logits
+    with mixed_precision(model.device, bfloat16): logits = model(x[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten(), reduction='none').view(len(x), -1) / math.log(2)
 
 # %% ../nbs/components/pretraining.ipynb #792c224f

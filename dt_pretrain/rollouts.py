@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
+from .backbones import mixed_precision
 from .decision_transformer import DecisionTransformer
 from .tasks import InputError, Task, make_env, normalized_score
 from .trajectories import Batch
@@ -62,7 +63,7 @@ def rollout(
     context_length: int,        # K
     n_episodes: int = 100,
     seed: int = 0,
-    bfloat16: bool = False,     # run the model under autocast
+    bfloat16: bool = False,     # where that is fast
     max_steps: int | None = None,  # stop earlier than the environment does
 ) -> pd.DataFrame:              # a row an episode: target_return, episode, return, length, score
     "Returns of a DT that aims for a return. The model is left in the mode it was in."
@@ -72,7 +73,7 @@ def rollout(
     envs, live = [make_env(task) for _ in range(n_episodes)], torch.arange(n_episodes, device=device)
     history, total, length = History(task, target_return, state_mean, state_std, n_episodes, device), np.zeros(n_episodes), np.zeros(n_episodes, int)
     observations = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):  # once for all steps: inside of it each weight is converted once
+    with mixed_precision(device, bfloat16):  # once for all steps: inside of it each weight is converted once
         for t in range(max_steps or task.max_steps):
             history.observe(live, t, np.array(observations))
             actions = model(history.window(live, t, context_length))[:, -1].float()

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from .backbones import fast_bfloat16
 from .setups import FinetuneConfig, make_config, run_name, windows_per_step
 from .tasks import InputError, project_root
 
@@ -170,12 +171,12 @@ def _has(package):
 def environment(
     device,
 ) -> dict:
-    "Versions, machine and commit, for the manifest."
+    "Versions, machine (with whether it has fast bfloat16) and commit, for the manifest."
     def commit():
         r = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True) if '__file__' in globals() else None
         return r.stdout.strip() if r and r.returncode == 0 else None
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else platform.processor() or platform.machine()
-    return dict(versions={p: version(p) for p in ('torch', 'transformers', 'numpy', 'gymnasium', 'mujoco') if _has(p)}, python=sys.version.split()[0], device=f'{device}: {name}', threads=torch.get_num_threads(), commit=commit())
+    return dict(versions={p: version(p) for p in ('torch', 'transformers', 'numpy', 'gymnasium', 'mujoco') if _has(p)}, python=sys.version.split()[0], device=f'{device}: {name}', threads=torch.get_num_threads(), bfloat16=fast_bfloat16(device), commit=commit())
 
 # %% ../nbs/components/runs.ipynb #24857ce9
 @patch
