@@ -32,7 +32,7 @@ from .findings import CLAIMS, judge, paired_difference, spell
 from .finetuning import default_device, finetune, load_data, load_model
 from .rollouts import rollout
 from .runs import Run, read_table, run_folder, whole_file
-from .setups import FinetuneConfig, make_config, run_name
+from .setups import FinetuneConfig, make_config, run_name, windows_per_step
 from .tasks import InputError, project_root
 from .trajectories import Batch, ContextSampler
 
@@ -228,9 +228,9 @@ def _add_manifests(path, new):
     with whole_file(path) as tmp: tmp.write_text(json.dumps(manifests, indent=1))
 
 def _facts(run, epoch):
-    "Metrics up to an epoch, with what else tells arms apart."
+    "Metrics up to an epoch, and what a constant guess has."
     c = run.config
-    return run.metrics.query('epoch <= @epoch').assign(learning_rate=c.learning_rate, warmup_steps=c.warmup_steps, planned=c.epochs * c.steps_per_epoch, constant_error=_constant(c.task, c.source, c.path, c.n_steps, c.held_out))
+    return run.metrics.query('epoch <= @epoch').assign(constant_error=_constant(c.task, c.source, c.path, c.n_steps, c.held_out))
 
 @lru_cache
 def _constant(task, source, path, n_steps, held_out):
@@ -273,22 +273,25 @@ def add_kept(
 _WEIGHTS = {'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments', 'smollm2-rescaled': 'language-rescaled'}
 
 def arm_of(
-    row,  # of metrics: initialisation, setup, context_length, targets (of an update), donor, block, learning_rate, warmup_steps, planned (updates)
+    c: FinetuneConfig,
 ) -> str:
-    "Name of an arm."
-    arm = _WEIGHTS.get(row['initialisation']) or 'GPT-2, ' + ('1 head, ReLU, random' if row['setup'] == 'paper' else row['initialisation'])
-    if pd.notna(row['donor']): arm += f", block {int(row['block']) + 1} {_WEIGHTS.get(row['donor'], row['donor'])}"
-    few = row['targets'] // row['context_length'] if row['context_length'] > 1 else 64
-    return arm + f", K={row['context_length']}" * (row['context_length'] > 1) + f', {few} windows' * (few < 64) + ', long warm-up' * (row['warmup_steps'] > row['planned'] / 2) + f", learning rate {row['learning_rate']:g}" * (row['learning_rate'] != 1e-4)
+    "Name of the arm that a run belongs to."
+    arm = _WEIGHTS.get(c.initialisation) or 'GPT-2, ' + ('1 head, ReLU, random' if c.setup == 'paper' else c.initialisation)
+    if c.donor is not None: arm += f', block {c.block + 1} {_WEIGHTS.get(c.donor, c.donor)}'
+    aside = {f'K={c.context_length}': c.context_length > 1, f'{windows_per_step(c)} windows': windows_per_step(c) != 64, 'long warm-up': c.warmup_steps > c.epochs * c.steps_per_epoch / 2, f'learning rate {c.learning_rate:g}': c.learning_rate != 1e-4}
+    return ', '.join([arm, *(name for name, told in aside.items() if told)])
 
 def read_kept(
     task: str = 'hopper-medium',
     name: str = '',                # `-heads` or `-play` for the measures
     folder: Path | None = None,    # `kept_folder()` by default
 ) -> pd.DataFrame:                 # a row an epoch, with `arm`
-    "What is kept of a task's runs; raises InputError if nothing is."
+    "What is kept of a task's runs; raises InputError if nothing is, or if a run has no manifest."
     folder = folder or kept_folder()
-    metrics = read_table(folder / f'{task}.parquet'); metrics = metrics.assign(arm=metrics.apply(arm_of, axis=1))
+    metrics, path = read_table(folder / f'{task}.parquet'), folder / f'{task}-manifests.json'
+    arms = {run: arm_of(FinetuneConfig(**m['config'])) for run, m in json.loads(path.read_text()).items()}
+    if lacking := set(metrics.run) - set(arms): raise InputError(str(path), 'a manifest of every run', f'none of {", ".join(sorted(lacking))}')
+    metrics = metrics.assign(arm=metrics.run.map(arms))
     return read_table(folder / f'{task}{name}.parquet').merge(metrics.drop_duplicates('run')[['run', 'arm', 'head', 'seed', 'context_length']], on='run') if name else metrics
 
 # %% ../nbs/components/full_scale.ipynb #fada85a2
