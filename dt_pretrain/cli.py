@@ -23,6 +23,10 @@ def _keep(args):
     from dt_pretrain.report import keep
     keep()
 
+def _refresh(args):
+    from dt_pretrain.report import refresh
+    refresh()
+
 def _collect(args):
     from dt_pretrain.collection import load_trajectories
     print(load_trajectories(args.task, args.source, args.path, args.steps))
@@ -127,6 +131,7 @@ def _parser():
     c.add_argument('--steps', type=int, default=100_000, help='how much to collect (default: %(default)s)')
     command('site', _site, 'render the site from what is there')
     command('keep', _keep, 'keep the pages that the last report executed, and make README.md')
+    command('refresh', _refresh, 'after new results of large runs: execute again what shows them, and make README.md')
     command('doctor', _doctor, 'say what is installed, collected and finished')
     return p
 

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['checkout', 'report_sweeps', 'all_runs', 'costs', 'tidied', 'execute_page', 'run_page', 'published', 'publish_runs',
-           'table_of_runs', 'execute_pages', 'report', 'with_executed_pages', 'render_site', 'keep']
+           'table_of_runs', 'execute_pages', 'report', 'with_executed_pages', 'render_site', 'keep', 'tagged',
+           'refresh_page', 'refresh']
 
 # %% ../nbs/components/report.ipynb #fd424625
 import json, posixpath, re, shutil, time, tomllib
@@ -210,17 +211,57 @@ def render_site(
     return build_site(top / '_report' / 'nbs', top / '_site')
 
 # %% ../nbs/components/report.ipynb #e7dd9802
+def _keep_page(nb, path):
+    "Write a page into `nbs/`, clean."
+    from nbdev.clean import clean_nb
+    from execnb.nbio import write_nb
+    clean_nb(nb, allowed_cell_metadata_keys=['tags']); write_nb(nb, path)
+
+def _keep_readme(top, say):
+    from dt_pretrain.site import readme_from
+    with whole_file(top / 'README.md') as tmp: tmp.write_text(readme_from(top / 'nbs' / 'index.ipynb'))
+    say('README.md made from index.ipynb')
+
 def keep(say=print):
     "Copy executed pages into nbs/ and make README.md from the home page."
-    from nbdev.clean import clean_nb
-    from execnb.nbio import read_nb, write_nb
-    from dt_pretrain.site import readme_from
+    from execnb.nbio import read_nb
     top = checkout()
     out = top / '_report' / 'pages'
     if not out.is_dir(): raise InputError(str(out), 'executed pages, made by `make report`', 'none')
     for page in [*sorted((out / 'findings').glob('*.ipynb')), *out.glob('index.ipynb')]:
-        nb = read_nb(page); clean_nb(nb, allowed_cell_metadata_keys=['tags'])
-        write_nb(nb, top / 'nbs' / page.relative_to(out)); say(f'kept {page.relative_to(out)}')
+        _keep_page(read_nb(page), top / 'nbs' / page.relative_to(out)); say(f'kept {page.relative_to(out)}')
     shutil.copytree(out / 'findings' / 'results', top / 'nbs' / 'findings' / 'results', dirs_exist_ok=True)
-    with whole_file(top / 'README.md') as tmp: tmp.write_text(readme_from(top / 'nbs' / 'index.ipynb'))
-    say('README.md made from index.ipynb')
+    _keep_readme(top, say)
+
+# %% ../nbs/components/report.ipynb #8eef161e
+def tagged(
+    cells: list,  # of a notebook
+    *tags: str,
+) -> list:
+    "The cells that have one of some tags."
+    return [c for c in cells if set(tags) & set(c.metadata.get('tags', []))]
+
+def refresh_page(
+    page: Path,
+    folder: Path,  # for the notebook of these cells, and what became of it
+) -> int:          # so many cells have been executed
+    "Execute again what rests on kept results alone; raises RuntimeError, and leaves the page as it was, if that fails."
+    from execnb.nbio import read_nb, write_nb
+    nb = read_nb(page); cells = nb.cells
+    chosen = cells if tagged(cells[:1], 'kept') else tagged(cells, 'parameters', 'kept')
+    if not tagged(chosen, 'kept'): return 0
+    part, done = folder / 'parts' / page.name, folder / page.name
+    part.parent.mkdir(parents=True, exist_ok=True); nb.cells = chosen; write_nb(nb, part)
+    execute_notebook(part, done, cwd=page.parent)
+    outputs = {c.id: c.outputs for c in read_nb(done).cells if c.cell_type == 'code'}
+    for c in chosen:
+        if c.id in outputs: c.outputs = outputs[c.id]
+    nb.cells = cells; _keep_page(nb, page)
+    return len(outputs)
+
+def refresh(say=print):
+    "Execute again what rests on the results in `results/full-scale` alone, and make README.md from the home page."
+    top = checkout()
+    for page in [*sorted((top / 'nbs' / 'findings').glob('*.ipynb')), top / 'nbs' / 'index.ipynb']:
+        if n := refresh_page(page, top / '_report' / 'refreshed'): say(f'{page.name}: {n} cells')
+    _keep_readme(top, say)
