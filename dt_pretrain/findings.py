@@ -171,9 +171,8 @@ def spell(
     digits: int = 2,
 ) -> str:
     "An estimate with its interval, for prose."
-    mean, low, high = estimate[:3]
-    interval = f'95 % interval {low:.{digits}f} to {high:.{digits}f}' if math.isfinite(high - low) else 'one seed, no interval'
-    return f'{mean:.{digits}f} ({interval})'
+    mean, low, high = (f'{round(x, digits) + 0.:.{digits}f}' for x in estimate[:3])   # + 0. makes -0.000 a 0.000
+    return f"{mean} ({f'95 % interval {low} to {high}' if math.isfinite(estimate[2] - estimate[1]) else 'one seed, no interval'})"
 
 # %% ../nbs/components/findings.ipynb #957fe99b
 def conclude(

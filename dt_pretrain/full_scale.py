@@ -360,13 +360,13 @@ def spell_advantage(
 
 def size_sentence(
     metrics: pd.DataFrame,
+    head: str = 'linear',
 ) -> str:                   # empty if the four bodies' runs are not kept
-    "What `size_effects` says of runs without context and with a linear head."
-    try: e = size_effects(metrics, 'linear').set_index('term')
+    "What `size_effects` says of runs without context."
+    try: e = size_effects(metrics, head).set_index('term')
     except InputError: return ''
-    seeds = int(e.n.iloc[0])
-    def does(term): return spell_advantage((-e.estimate[term], -e.high[term], -e.low[term]))
-    return f"Without context and with a linear head, the mean error over training is {does('size')} from numbers as large as the language model's than from numbers as small as random weights, and {does('values')} from the language model's values than from random ones of their size ({e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
+    seeds, does = int(e.n.iloc[0]), {t: spell((e.estimate[t], e.low[t], e.high[t]), 3) for t in ('size', 'values')}
+    return f"Numbers as large as the language model's, against numbers as small as random weights, change the mean error over training by {does['size']}; the language model's values, against random ones of their size, by {does['values']} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
 
 def context_sentence(
     metrics: pd.DataFrame,
