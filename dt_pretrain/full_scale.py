@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
