@@ -1,10 +1,12 @@
 "Experiments and pages end to end, through papermill, at the smoke preset."
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 
@@ -27,6 +29,15 @@ def test_collect(experiment, monkeypatch, tmp_path):
     assert (tmp_path / "cache/datasets/halfcheetah-medium-2000-s0/data/main_data.hdf5").is_file()
 
 
+def test_head_offset(experiment, tmp_path):
+    small = dict(preset="smoke", n_layer=1, width=64, updates=4, seeds=1)
+    experiment("head_offset", constants=[0.0, 4.0], **small)
+    told = [o["data"]["text/markdown"] for c in nbformat.read(tmp_path / "head_offset.ipynb", 4).cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
+    assert re.search(r"Of 1 runs that began with an offset above the spread \(similarity 0\.[89]\d to 0\.[89]\d\), [01] left saturation in 4 updates", told[-1]), told
+    with pytest.raises(RuntimeError, match=r"constants: expected at least 0, and one of them, found \[-1\.0\]"):
+        experiment("head_offset", constants=[-1.0], **small)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("stable_baselines3") is None, reason="the extra 'collect' is not installed")
 def test_train_policies(experiment, tmp_path):
     experiment("train_policies", max_steps=200, evaluate_every=100, eval_episodes=1, learning_starts=50, out_dir=str(tmp_path))
@@ -44,7 +55,7 @@ def test_bad_parameters_stop_before_anything_runs(experiment, tmp_path, paramete
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("notebook", ["experiments/collect", "experiments/train_policies", "experiments/pretrain", "experiments/full_scale", "findings/0_sanity", "findings/5_no_context", "index"])
+@pytest.mark.parametrize("notebook", ["experiments/collect", "experiments/train_policies", "experiments/pretrain", "experiments/full_scale", "experiments/head_offset", "findings/0_sanity", "findings/5_no_context", "index"])
 def test_unknown_parameters_are_refused_everywhere(top, tmp_path, notebook):
     with pytest.raises(RuntimeError, match="parameter 'sead': expected one of .*, found an unknown name"):
         execute_notebook(top / "nbs" / f"{notebook}.ipynb", tmp_path / "out.ipynb", dict(sead=3))
