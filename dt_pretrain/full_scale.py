@@ -365,7 +365,8 @@ def size_sentence(
     try: e = size_effects(metrics, head).set_index('term')
     except InputError: return ''
     seeds, does = int(e.n.iloc[0]), {t: spell((e.estimate[t], e.low[t], e.high[t]), 3) for t in ('size', 'values')}
-    return f"Numbers as large as the language model's, against numbers as small as random weights, change the mean error over training by {does['size']}; the language model's values, against random ones of their size, by {does['values']} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
+    size_only = e.low['size'] > 0 and e.low['values'] < 0 < e.high['values']
+    return 'What slows learning is how large the numbers are; no effect of what is in them is seen. ' * bool(size_only) + f"Numbers as large as the language model's, against numbers as small as random weights, change the mean error over training by {does['size']}; the language model's values, against random ones of their size, by {does['values']} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
 
 def context_sentence(
     metrics: pd.DataFrame,
