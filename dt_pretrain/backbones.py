@@ -440,6 +440,7 @@ def fast_bfloat16(
     if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     return hasattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported') and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
+# %% ../nbs/components/backbones.ipynb #e5b38d79
 def mixed_precision(
     device: str | torch.device,
     bfloat16: bool = True,  # wanted

@@ -280,6 +280,7 @@ def arm_of(
     aside = {f'K={c.context_length}': c.context_length > 1, f'{windows_per_step(c)} windows': windows_per_step(c) != 64, 'long warm-up': c.warmup_steps > c.epochs * c.steps_per_epoch / 2, f'learning rate {c.learning_rate:g}': c.learning_rate != 1e-4}
     return ', '.join([arm, *(name for name, told in aside.items() if told)])
 
+# %% ../nbs/components/full_scale.ipynb #2eee4e83
 def read_kept(
     task: str = 'hopper-medium',
     name: str = '',                # `-heads` or `-play` for the measures

@@ -222,6 +222,7 @@ def _keep_readme(top, say):
     with whole_file(top / 'README.md') as tmp: tmp.write_text(readme_from(top / 'nbs' / 'index.ipynb'))
     say('README.md made from index.ipynb')
 
+# %% ../nbs/components/report.ipynb #ebc8777a
 def keep(say=print):
     "Copy executed pages into nbs/ and make README.md from the home page."
     from execnb.nbio import read_nb
@@ -241,6 +242,7 @@ def tagged(
     "The cells that have one of some tags."
     return [c for c in cells if set(tags) & set(c.metadata.get('tags', []))]
 
+# %% ../nbs/components/report.ipynb #4e44df55
 def refresh_page(
     page: Path,
     folder: Path,  # for the notebook of these cells, and what became of it
@@ -259,6 +261,7 @@ def refresh_page(
     nb.cells = cells; _keep_page(nb, page)
     return len(outputs)
 
+# %% ../nbs/components/report.ipynb #915858f1
 def refresh(say=print):
     "Execute again what rests on the results in `results/full-scale` alone, and make README.md from the home page."
     top = checkout()
