@@ -60,7 +60,7 @@ def the_dead(processes):
 
 def command(said, *args):
     "The command line, in a process of its own; `said` is a file for standard error."
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell that starts tests in the background has it ignored
     sys.exit(main([str(a) for a in args]))
 
