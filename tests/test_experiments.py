@@ -88,29 +88,30 @@ def test_full_scale_keeps_what_runs_have_measured(experiment, tmp_path):
     kept = read_kept(folder=tmp_path / "kept")
     assert kept.groupby("run").epoch.max().to_dict() == {run_name(configs[0]): 2, run_name(configs[1]): 1}   # not the run before training
     assert read_kept(name="-play", folder=tmp_path / "kept").returns.str.len().to_list() == [2, 2]
-    assert all(f"| {run_name(c)} |" in (tmp_path / "kept/README.md").read_text() for c in configs[:2])
+    assert all(f"| hopper-medium | {run_name(c)} |" in (tmp_path / "kept/README.md").read_text() for c in configs[:2])
     experiment("full_scale", runs_dir=str(tmp_path / "nowhere"), **given)
     assert read_kept(folder=tmp_path / "kept").equals(kept)
 
 
 def test_kept_full_scale_results_belong_together():
     "Every kept run's name, manifest and metrics say the same; every run was one of a sweep; the measures are of kept runs."
-    from dt_pretrain.full_scale import full_scale_verdict, kept_folder, read_kept
+    from dt_pretrain.full_scale import full_scale_verdict, kept_folder, kept_tasks, read_kept
     from dt_pretrain.setups import FinetuneConfig
     from dt_pretrain.sweeps import read_sweep
-    swept = {run_name(c) for s in ("full_scale", "full_scale_context") for c in read_sweep(s, "paper")}
-    manifests = json.loads((kept_folder() / "hopper-medium-manifests.json").read_text())
-    metrics = read_kept()
-    assert set(metrics.run) == set(manifests) <= swept
-    for name, runs in metrics.groupby("run"):
-        c = FinetuneConfig(**manifests[name]["config"])
-        assert run_name(c) == name
-        assert runs[["initialisation", "setup", "head", "context_length", "seed"]].drop_duplicates().values.tolist() == [[c.initialisation, c.setup, c.head, c.context_length, c.seed]]
-        assert runs.epoch.tolist() == list(range(manifests[name]["last_epoch"] + 1))
-    for path in kept_folder().glob("hopper-medium-*.parquet"):
-        measured, newest = read_kept(name=path.stem.removeprefix("hopper-medium")), metrics.groupby("run").epoch.max()
-        assert (measured.epoch <= measured.run.map(newest)).all(), path.name
-    assert {h: full_scale_verdict(metrics, h)["updates"] >= 600 for h in ("tied", "linear")} == {"tied": True, "linear": True}
+    for task in kept_tasks():
+        swept = {run_name(c) for s in ("full_scale", "full_scale_context") for c in read_sweep(s, "paper", task=task)}
+        manifests = json.loads((kept_folder() / f"{task}-manifests.json").read_text())
+        metrics = read_kept(task)
+        assert set(metrics.run) == set(manifests) <= swept
+        for name, runs in metrics.groupby("run"):
+            c = FinetuneConfig(**manifests[name]["config"])
+            assert run_name(c) == name and c.task == task
+            assert runs[["initialisation", "setup", "head", "context_length", "seed"]].drop_duplicates().values.tolist() == [[c.initialisation, c.setup, c.head, c.context_length, c.seed]]
+            assert runs.epoch.tolist() == list(range(manifests[name]["last_epoch"] + 1))
+        for path in kept_folder().glob(f"{task}-*.parquet"):
+            measured, newest = read_kept(task, path.stem.removeprefix(task)), metrics.groupby("run").epoch.max()
+            assert (measured.epoch <= measured.run.map(newest)).all(), path.name
+    assert {h: full_scale_verdict(read_kept(), h)["updates"] >= 600 for h in ("tied", "linear")} == {"tied": True, "linear": True}
 
 
 @pytest.mark.timeout(1500)
