@@ -73,7 +73,7 @@ class Execution:
         check_parameters(parameters)
         try: self.target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise InputError(str(self.target.parent), 'a folder to write to', e) from e
-        self.unfinished, self.said = self.target.with_suffix('.failed.ipynb'), tempfile.TemporaryFile('w+')
+        self.unfinished, self.said = self.target.with_suffix('.failed.ipynb'), tempfile.TemporaryFile('w+', errors='replace')
         literal = lambda path: str(path).replace('{', '{{').replace('}', '}}')  # papermill takes braces in paths for parameters
         job = dict(input_path=literal(self.source), output_path=literal(self.unfinished), parameters=parameters, cwd=str(cwd or self.source.parent))
         self.process = subprocess.Popen([sys.executable, '-c', 'from dt_pretrain.execution import _child; _child()'], stdin=subprocess.PIPE, stderr=self.said, text=True, start_new_session=True,

@@ -12,10 +12,11 @@ from pathlib import Path
 import pandas as pd
 
 from .collection import collected
+from .execution import execute_notebook
 from .findings import read_results
 from .runs import Run, runs_folder, whole_file
 from .setups import PRESETS, FinetuneConfig
-from .sweeps import estimates, execute_notebook, finished_runs, read_sweep, run_sweep
+from .sweeps import estimates, finished_runs, read_sweep, run_sweep
 from .tasks import InputError, get_task, project_root
 
 # %% ../nbs/components/report.ipynb #9a951488

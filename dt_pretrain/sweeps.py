@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 from tqdm.auto import tqdm
 
-from .execution import Execution, execute_notebook, last_error, notebook_parameters  # noqa: F401 (pages take the last two from here)
+from .execution import Execution, last_error
 from .finetuning import finetune
 from .runs import Preempted, Run, Sigterm, open_run, run_folder, take_over, whole_file
 from .setups import PRESETS, FinetuneConfig, make_config, run_name, windows_per_step

@@ -10,9 +10,10 @@ import nbformat
 import pandas as pd
 import pytest
 
+from dt_pretrain.execution import execute_notebook
 from dt_pretrain.runs import Run, find_runs
 from dt_pretrain.setups import make_config, run_name
-from dt_pretrain.sweeps import execute_notebook, run_sweep
+from dt_pretrain.sweeps import run_sweep
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dt_pretrain.sweeps import execute_notebook
+from dt_pretrain.execution import execute_notebook
 
 DRAW = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()"
 BACKENDS = ["egl", "osmesa"] if sys.platform == "linux" else [""]
