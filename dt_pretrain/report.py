@@ -212,10 +212,16 @@ def render_site(
     return build_site(top / '_report' / 'nbs', top / '_site')
 
 # %% ../nbs/components/report.ipynb #e7dd9802
+def _same_ids(cell):
+    "Name styled tables after their cell; pandas draws them a new name every time."
+    for data in (o.get('data', {}) for o in cell.get('outputs', [])):
+        if html := data.get('text/html'): data['text/html'] = re.sub(r'\bT_[0-9a-f]{5}', f'T_{cell.id}', ''.join(html)).splitlines(keepends=True)
+
 def _keep_page(nb, path):
     "Write a page into `nbs/`, clean."
     from nbdev.clean import clean_nb
     from execnb.nbio import write_nb
+    for c in nb.cells: _same_ids(c)
     clean_nb(nb, allowed_cell_metadata_keys=['tags']); write_nb(nb, path)
 
 def _keep_readme(top, say):
