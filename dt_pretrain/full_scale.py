@@ -5,7 +5,8 @@ __all__ = ['SQUARE', 'LEADS', 'kept_folder', 'constant_error', 'measure_head', '
            'measure_weights', 'measure_gradients', 'measure_context', 'measure_information', 'linear_r2',
            'measure_probe', 'inside', 'with_kept', 'kept_at', 'keep_runs', 'train_and_keep', 'add_kept', 'arm_of',
            'read_kept', 'kept_tasks', 'compared', 'advantage', 'full_scale_verdict', 'tasks_compared', 'size_effects',
-           'spell_advantage', 'size_sentence', 'context_sentence', 'inside_by_run', 'lead', 'lead_text']
+           'spell_advantage', 'size_sentence', 'context_sentence', 'tasks_sentence', 'inside_by_run', 'lead',
+           'lead_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -408,6 +409,12 @@ def context_sentence(
             effect, n = advantage(metrics, 'linear', name(of), name(over))
             told.append(f"{spell_advantage(effect)} from {of} weights than from {over} ones ({n} updates, {effect[3]} seed{'s' * (effect[3] > 1)})")
     return f"With context (K=20, a linear head, eight windows an update) the mean error over training is {'; '.join(told)}." if told else ''
+def tasks_sentence(
+    tasks: pd.DataFrame,  # from `tasks_compared`
+) -> str:                 # empty for less than two
+    "What the tasks say, one by one."
+    told = '; '.join(f"{t.task}: {spell_advantage(t.effect)}" for t in tasks.itertuples())
+    return f"By task, the mean error over training from the language model's weights against random ones (linear head, no context): {told}." if len(tasks) > 1 else ''
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
 def inside_by_run(
