@@ -351,7 +351,7 @@ def tasks_compared(
     of: str = 'language',        # an arm
     over: str = 'random',        # another
     head: str = 'linear',
-    least: int = 600,            # updates that a run must have to count
+    least: int = 400,            # updates that a run must have to count
     folder: Path | None = None,  # `kept_folder()` by default
 ) -> pd.DataFrame:               # a row a task: `constant`, errors and scores of both arms at the end, `effect` as from `advantage`, `seeds`, `updates`
     "Two arms in all tasks."
