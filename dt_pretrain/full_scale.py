@@ -409,11 +409,12 @@ def context_sentence(
             effect, n = advantage(metrics, 'linear', name(of), name(over))
             told.append(f"{spell_advantage(effect)} from {of} weights than from {over} ones ({n} updates, {effect[3]} seed{'s' * (effect[3] > 1)})")
     return f"With context (K=20, a linear head, eight windows an update) the mean error over training is {'; '.join(told)}." if told else ''
+
 def tasks_sentence(
     tasks: pd.DataFrame,  # from `tasks_compared`
 ) -> str:                 # empty for less than two
     "What the tasks say, one by one."
-    told = '; '.join(f"{t.task}: {spell_advantage(t.effect)}" for t in tasks.itertuples())
+    told = '; '.join(f"{t.task}: {spell_advantage(t.effect)}, {t.updates} updates" for t in tasks.itertuples())
     return f"By task, the mean error over training from the language model's weights against random ones (linear head, no context): {told}." if len(tasks) > 1 else ''
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
@@ -438,10 +439,13 @@ def lead(
     runs: pd.DataFrame, # from `inside_by_run`
     head: str = 'linear',
 ) -> dict:              # `means` by arm, `effect` and `beyond` as the claim says, `rule`: what the rule for small models says, `seeds`, `updates`
-    "What large runs without context say of a claim about the inside of a model, at the updates that the least trained of them has."
+    "What large runs without context say of a claim about the inside of a model, at the fewest updates that all its arms have; raises InputError if there are none."
     column, *_, sign = LEADS[number]
-    d = runs[runs['head'] == head]; d = d[d.updates == d.updates.min()]; numbers = sign * d.set_index(['arm', 'seed'])[column]
-    effect, beyond = (paired_difference(numbers, 'language', other) for other in ('random', 'language-permuted'))
+    d = runs[(runs['head'] == head) & runs.arm.isin(arms := ['language', 'random', 'language-permuted'])]
+    whole = [u for u, at in d.groupby('updates') if set(at.arm) == set(arms)]
+    if not whole: raise InputError(f'runs with a {head} head that were looked into', f'some with as many updates of {", ".join(arms)}', 'none')
+    d = d[d.updates == min(whole)]; numbers = sign * d.set_index(['arm', 'seed'])[column]
+    effect, beyond = (paired_difference(numbers, 'language', other) for other in arms[1:])
     seeds = min(effect[3], beyond[3])
     return dict(means=d.groupby('arm')[column].mean().to_dict(), effect=effect, beyond=beyond, rule=judge(effect[:3], beyond[:3], CLAIMS[number].smallest, seeds, 'paper'), seeds=seeds, updates=int(d.updates.min()))
 

@@ -215,7 +215,7 @@ def render_site(
 def _same_ids(cell):
     "Name styled tables after their cell; pandas draws them a new name every time."
     for data in (o.get('data', {}) for o in cell.get('outputs', [])):
-        if html := data.get('text/html'): data['text/html'] = re.sub(r'\bT_[0-9a-f]+', f'T_{cell.id}', ''.join(html)).splitlines(keepends=True)
+        if html := data.get('text/html'): data['text/html'] = re.sub(r'(?<=["#])T_[0-9a-f]{5,}', f'T_{cell.id}', ''.join(html)).splitlines(keepends=True)
 
 def _keep_page(nb, path):
     "Write a page into `nbs/`, clean."
