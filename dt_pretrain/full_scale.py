@@ -371,13 +371,14 @@ DONORS = ('language', 'language-permuted', 'random')
 
 def blocks_compared(
     metrics: pd.DataFrame,  # from `read_kept`
-    least: int = 400,       # updates that a run must have to count
+    least: int = 600,       # updates that a run must have to count
 ) -> pd.DataFrame:          # a row a head and block: mean error over training `untouched` and with the block of each of DONORS that was run; how much lower it is with the language block than with the random one (`effect`) and the permuted one (`beyond`), as from `paired_difference`, None without such runs; `seeds`, `updates`
     "Random weights with one block of another body."
     rows, there = [], metrics[metrics.groupby('run').step.transform('max') >= max(1, least)]
     blocks = there.arm.str.extract(r'^random, block (\d+) [\w-]+$')[0].dropna().astype(int)
     for head, block in sorted(set(zip(there['head'][blocks.index], blocks))):
-        arms = {d: a for d in DONORS if (a := f'random, block {block} {d}') in set(there.arm[there['head'] == head])}
+        tried = set(there.arm[there['head'] == head])
+        arms = {d: a for d in DONORS if (a := f'random, block {block} {d}') in tried}
         try: runs = compared(metrics, head, ['random', *arms.values()], least)
         except InputError: continue   # no seed in common
         area = runs.set_index(['arm', 'seed']).area
