@@ -490,9 +490,9 @@ def blocks_text(
 ) -> str:                 # Markdown
     "The paragraph on large runs for the page on single blocks."
     if not len(found): return f'Of [full-size runs](full_scale.ipynb) with a single block of another body in random weights ({task}), none is far enough to compare: this verdict rests on the small scale alone.'
-    def mean(row, donor): return '' if pd.isna(row.get(donor)) else f'{row[donor]:.3f}'
-    def lower(effect): return spell(effect, 3) if effect else 'not run'
-    rows = [f"| {r['head']} | {r['block']} | {mean(r, 'untouched')} | {' | '.join(mean(r, d) for d in DONORS)} | {lower(r['effect'])} | {lower(r['beyond'])} | {r['seeds']} | {r['updates']} |" for _, r in found.iterrows()]
-    head = ['head', 'block', 'untouched', *(f'{d} block' for d in DONORS), 'lower than with a random block', 'than with a permuted one', 'seeds', 'updates']
+    def line(r):
+        means = ', '.join(f'{d} {r[d]:.3f}' for d in ('untouched', *DONORS) if pd.notna(r.get(d)))
+        gains = [f'{spell_advantage(r[e])} than with the {d} one' for e, d in (('effect', 'random'), ('beyond', 'permuted')) if r[e]]
+        return f"- {r['head']} head, block {r['block']} ({r['updates']} updates, {r['seeds']} seed{'s' * (r['seeds'] > 1)}): {means}." + f" With the language block it is {', and '.join(gains)}." * bool(gains)
     return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one block of another body. '
-            'Only what the language block does beyond a random and a permuted one would speak for the claim.\n\n' + '\n'.join([f"| {' | '.join(head)} |", '|---' * len(head) + '|', *rows]))
+            'Only what the language block does beyond a random and a permuted one would speak for the claim.\n\n' + '\n'.join(line(r) for _, r in found.iterrows()))
