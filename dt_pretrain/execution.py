@@ -40,6 +40,13 @@ def notebook_parameters(
         if known and name not in known: raise InputError(f'parameter {name!r}', f'one of {", ".join(known)}', 'an unknown name')
     return {k: variables[k] for k in names}
 
+# %% ../nbs/components/execution.ipynb #ac96236f
+def _channels(prefix):
+    "How papermill and its kernel talk: over sockets of their own, named by a prefix."
+    import zmq
+    from traitlets.config import Config
+    return Config(KernelManager=dict(transport='ipc', ip=prefix) if len(os.fsencode(prefix)) + 2 <= zmq.IPC_PATH_MAX_LEN else {})
+
 # %% ../nbs/components/execution.ipynb #7532692f
 def _child():
     "What papermill's process does; its parameters come as a line on standard input."
@@ -55,8 +62,9 @@ def _child():
     threading.Thread(target=lambda: (os.read(0, 1), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     import logging, papermill
     logging.getLogger('papermill').setLevel(logging.ERROR)  # it would warn of parameters that the notebook itself refuses
-    try: papermill.execute_notebook(**job, kernel_name='python3', progress_bar=False)
-    except Exception as e: sys.stderr.write(f'\n{type(e).__name__}: {e}'); sys.exit(143 if stopped.is_set() else 1)
+    with tempfile.TemporaryDirectory(prefix='kernel-') as sockets:
+        try: papermill.execute_notebook(**job, kernel_name='python3', progress_bar=False, config=_channels(f'{sockets}/k'))
+        except Exception as e: sys.stderr.write(f'\n{type(e).__name__}: {e}'); sys.exit(143 if stopped.is_set() else 1)
 
 # %% ../nbs/components/execution.ipynb #affc2131
 class Execution:
