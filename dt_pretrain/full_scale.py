@@ -4,7 +4,7 @@
 __all__ = ['DONORS', 'SQUARE', 'SMOLLM2_ARMS', 'LEADS', 'kept_folder', 'constant_error', 'measure_head', 'play',
            'measure_representations', 'measure_weights', 'measure_gradients', 'measure_context', 'measure_information',
            'linear_r2', 'measure_probe', 'inside', 'with_kept', 'kept_at', 'keep_runs', 'train_and_keep', 'add_kept',
-           'arm_of', 'read_kept', 'kept_tasks', 'products_in', 'formats_of', 'compared', 'advantage',
+           'arm_of', 'product_format', 'formats_of', 'read_kept', 'kept_tasks', 'compared', 'advantage',
            'full_scale_verdict', 'tasks_compared', 'blocks_compared', 'size_effects', 'spell_advantage',
            'size_sentence', 'context_sentence', 'tasks_sentence', 'inside_by_run', 'lead', 'lead_text',
            'gradients_text', 'past_text', 'blocks_text']
@@ -283,19 +283,35 @@ def arm_of(
     aside = {f'K={c.context_length}': c.context_length > 1, f'{windows_per_step(c)} windows': windows_per_step(c) != 64, 'long warm-up': c.warmup_steps > c.epochs * c.steps_per_epoch / 2, f'learning rate {c.learning_rate:g}': c.learning_rate != 1e-4}
     return ', '.join([arm, *(name for name, told in aside.items() if told)])
 
+# %% ../nbs/components/full_scale.ipynb #1ea0c4b6
+def product_format(
+    manifest: dict,  # of a run
+) -> str:            # 'float32' or 'bfloat16'
+    "The format in which a run computed its products of matrices."
+    return manifest['config']['precision'] if manifest['environment'].get('bfloat16', True) else 'float32'
+
+def formats_of(
+    runs: pd.DataFrame,  # with `arm` and `products`, as from `compared`
+    arms: list[str],     # in this order
+) -> str:                # such as 'bfloat16', if that goes for all, or 'float32 against bfloat16'
+    "In which formats runs that are compared were computed."
+    formats = [' and '.join(sorted(set(runs.products[runs.arm == a]))) for a in arms]
+    return formats[0] if len(set(formats)) == 1 else ' against '.join(formats)
+
 # %% ../nbs/components/full_scale.ipynb #2eee4e83
 def read_kept(
     task: str = 'hopper-medium',
     name: str = '',                # `-heads` or `-play` for the measures
     folder: Path | None = None,    # `kept_folder()` by default
-) -> pd.DataFrame:                 # a row an epoch, with `arm`
+) -> pd.DataFrame:                 # a row an epoch, with `arm` and, of its run, `products`: the format of products of matrices
     "What is kept of a task's runs; raises InputError if nothing is, or if a run has no manifest."
     folder = folder or kept_folder()
     metrics, path = read_table(folder / f'{task}.parquet'), folder / f'{task}-manifests.json'
     if not path.exists(): raise InputError(str(path), 'manifests of the runs in the table beside it', 'no such file')
-    arms = {run: arm_of(FinetuneConfig(**m['config'])) for run, m in json.loads(path.read_text()).items()}
+    manifests = json.loads(path.read_text())
+    arms = {run: arm_of(FinetuneConfig(**m['config'])) for run, m in manifests.items()}
     if lacking := set(metrics.run) - set(arms): raise InputError(str(path), 'a manifest of every run', f'none of {", ".join(sorted(lacking))}')
-    metrics = metrics.assign(arm=metrics.run.map(arms))
+    metrics = metrics.assign(arm=metrics.run.map(arms), products=metrics.run.map({run: product_format(m) for run, m in manifests.items()}))
     return read_table(folder / f'{task}{name}.parquet').merge(metrics.drop_duplicates('run')[['run', 'arm', 'head', 'seed', 'context_length']], on='run') if name else metrics
 
 def kept_tasks(
@@ -304,31 +320,13 @@ def kept_tasks(
     "The tasks of which runs are kept."
     return [t for t in task_names() if ((folder or kept_folder()) / f'{t}.parquet').exists()]
 
-# %% ../nbs/components/full_scale.ipynb #52a3a804
-def products_in(
-    task: str = 'hopper-medium',
-    folder: Path | None = None,  # `kept_folder()` by default
-) -> pd.Series:                  # run -> 'float32' or 'bfloat16'
-    "The format in which each kept run computed its products of matrices."
-    manifests = json.loads(((folder or kept_folder()) / f'{task}-manifests.json').read_text())
-    return pd.Series({run: m['config']['precision'] if m['environment'].get('bfloat16', True) else 'float32' for run, m in manifests.items()}, dtype=str)
-
-def formats_of(
-    runs: pd.DataFrame,   # with `run` and `arm`, as from `compared`
-    products: pd.Series,  # from `products_in`
-    arms: list[str],      # in this order
-) -> str:                 # such as 'bfloat16', if that goes for all, or 'float32 against bfloat16'
-    "In which formats runs that are compared were computed."
-    formats = [' and '.join(sorted(set(runs.run[runs.arm == a].map(products)))) for a in arms]
-    return formats[0] if len(set(formats)) == 1 else ' against '.join(formats)
-
 # %% ../nbs/components/full_scale.ipynb #fada85a2
 def compared(
     metrics: pd.DataFrame,  # from `read_kept`
     head: str,
     arms: list[str],
     least: int = 0,         # updates that a run must have to count
-) -> pd.DataFrame:          # a row a run: `arm`, `seed`, `area`, and at the end of the comparison `error` and `updates`
+) -> pd.DataFrame:          # a row a run: `arm`, `seed`, `products`, `area`, and at the end of the comparison `error` and `updates`
     "Runs of several arms, alike in seeds and updates."
     d = metrics[(metrics['head'] == head) & metrics.arm.isin(arms) & (metrics.groupby('run').step.transform('max') >= max(1, least))]
     alike = set.intersection(*(set(d.seed[d.arm == a]) for a in arms))
@@ -337,7 +335,7 @@ def compared(
     if (twice := d.groupby(['arm', 'seed']).run.nunique() > 1).any(): raise InputError(f'runs of {twice.idxmax()}', 'one of each arm and seed', 'several')
     last = d.sort_values('step').groupby('run').last()
     areas = area_under_curve(d)
-    return areas.assign(error=areas.run.map(last.held_out_error), updates=areas.run.map(last.step))
+    return areas.assign(products=areas.run.map(last.products), error=areas.run.map(last.held_out_error), updates=areas.run.map(last.step))
 
 def advantage(
     metrics: pd.DataFrame,
@@ -391,8 +389,7 @@ DONORS = ('language', 'language-permuted', 'random')
 def blocks_compared(
     metrics: pd.DataFrame,  # from `read_kept`
     least: int = 600,       # updates that a run must have to count
-    products: pd.Series | None = None,  # from `products_in`, to be told of
-) -> pd.DataFrame:          # a row a head and block: mean error over training `untouched` and with the block of each of DONORS that was run; how much lower it is with the language block than with the random one (`effect`) and the permuted one (`beyond`), as from `paired_difference`, None without such runs; `seeds`, `updates`, `products` of those untouched and those with a block
+) -> pd.DataFrame:          # a row a head and block: mean error over training `untouched` and with the block of each of DONORS that was run; how much lower it is with the language block than with the random one (`effect`) and the permuted one (`beyond`), as from `paired_difference`, None without such runs; `seeds`, `updates`, `products` of those untouched and those with a block, and whether any has `learned` more than a constant guess at the end
     "Random weights with one block of another body."
     rows, there = [], metrics[metrics.groupby('run').step.transform('max') >= max(1, least)]
     blocks = there.arm.str.extract(r'^random, block (\d+) [\w-]+$')[0].dropna().astype(int)
@@ -404,7 +401,7 @@ def blocks_compared(
         kinds = runs.assign(arm=runs.arm.where(runs.arm == 'random', 'block'))
         area = runs.set_index(['arm', 'seed']).area
         def lower(donor): return paired_difference(area, arms[donor], arms['language']) if {donor, 'language'} <= set(arms) else None
-        rows.append(dict(head=head, block=block, untouched=area['random'].mean(), **{d: area[a].mean() for d, a in arms.items()}, effect=lower('random'), beyond=lower('language-permuted'), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), products=formats_of(kinds, products, ['random', 'block']) if products is not None else ''))
+        rows.append(dict(head=head, block=block, untouched=area['random'].mean(), **{d: area[a].mean() for d, a in arms.items()}, effect=lower('random'), beyond=lower('language-permuted'), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), products=formats_of(kinds, ['random', 'block']), learned=bool(runs.error.min() < there.constant_error[there.run.isin(runs.run)].mean())))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #0c3674fa
@@ -527,7 +524,7 @@ def past_text(
 ) -> str:                        # Markdown
     "The paragraph on large runs for the page on context."
     try: use = read_kept(task, '-context', folder)
-    except InputError: return f'Of [full-size runs](full_scale.ipynb#with-context) with context on {task} nothing but learning curves is kept, if they are; none was looked into, so the verdict rests on the small scale.'
+    except InputError: return f'Of [full-size runs](full_scale.ipynb#with-context) with context on {task} none was looked into (their learning curves are on that page where there are any), so the verdict rests on the small scale.'
     depends = use[(use.span == 'beyond') & (use.lag == 1)].pivot_table(index='arm', columns='when', values='change')
     told = ', '.join(f'{a} {d.before:.2f} before training and {d.after:.2f} after it' for a, d in depends.iterrows())
     return f"How much the action depends on past steps in [full-size runs](full_scale.ipynb#with-context) ({use.run.nunique()} runs), as a share of the actions' variance: {told}. Too few to judge by; the verdict rests on the small scale."
@@ -542,6 +539,6 @@ def blocks_text(
     def line(r):
         means = ', '.join(f'{d} {r[d]:.3f}' for d in ('untouched', *DONORS) if pd.notna(r.get(d)))
         gains = [f'{spell_advantage(r[e])} than with the {d} one' for e, d in (('effect', 'random'), ('beyond', 'permuted')) if r[e]]
-        return f"- {r['head']} head, block {r['block']} ({r['updates']} updates, {r['seeds']} seed{'s' * (r['seeds'] > 1)}{'; ' * bool(r['products'])}{r['products']}): {means}." + f" With the language block it is {', and '.join(gains)}." * bool(gains)
-    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one block of another body; in brackets, too, the format in which products of matrices were computed. '
+        return f"- {r['head']} head, block {r['block']} ({r['updates']} updates, {r['seeds']} seed{'s' * (r['seeds'] > 1)}; {r['products']}): {means}." + f" With the language block it is {', and '.join(gains)}." * bool(gains) + ' None of them ends with a smaller error than a constant guess.' * (not r['learned'])
+    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one block of another body; in brackets, too, the format of products of matrices, untouched against with a block. '
             'Only what the language block does beyond a random and a permuted one would speak for the claim.\n\n' + '\n'.join(line(r) for _, r in found.iterrows()))
