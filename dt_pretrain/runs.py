@@ -5,7 +5,7 @@ __all__ = ['ADDED', 'whole_file', 'save_tensors', 'load_tensors', 'Run', 'read_t
            'run_folder', 'environment', 'Preempted', 'Sigterm', 'take_over', 'open_run', 'runs_folder', 'find_runs']
 
 # %% ../nbs/components/runs.ipynb #6dd565fa
-import json, os, platform, re, shutil, signal, subprocess, sys, threading, warnings, weakref
+import json, os, platform, re, shutil, signal, subprocess, sys, threading, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -248,17 +248,22 @@ class Sigterm:
     def __init__(self): self.asked = self.holding = self.raised = False
     def __enter__(self):
         self.main = threading.current_thread() is threading.main_thread()  # others cannot have handlers
-        if self.main: self.before = signal.signal(signal.SIGTERM, self._hear) or signal.SIG_DFL
+        if self.main:
+            self.before = signal.signal(signal.SIGTERM, self._hear) or signal.SIG_DFL
+            self.told, sys.unraisablehook = sys.unraisablehook, self._lost
         return self
     def __exit__(self, *_):
-        if self.main: signal.signal(signal.SIGTERM, self.before)
+        if self.main: signal.signal(signal.SIGTERM, self.before); sys.unraisablehook = self.told
     def _hear(self, signum, frame):
         self.asked = True
         if isinstance(outer := getattr(self.before, '__self__', None), Sigterm): outer.asked = True
         if self.raised or self.holding: return
-        if frame.f_code.co_filename == weakref.__file__: threading.Timer(.02, os.kill, (os.getpid(), signum)).start(); return
         self.raised = True
         raise Preempted
+    def _lost(self, ignored):
+        if not isinstance(ignored.exc_value, Preempted): return self.told(ignored)
+        self.raised = False
+        threading.Timer(.02, os.kill, (os.getpid(), signal.SIGTERM)).start()
     @contextmanager
     def hold(self):
         self.holding = True
