@@ -4,10 +4,10 @@
 __all__ = ['DONORS', 'SQUARE', 'SMOLLM2_ARMS', 'LEADS', 'kept_folder', 'constant_error', 'measure_head', 'play',
            'measure_representations', 'measure_weights', 'measure_gradients', 'measure_context', 'measure_information',
            'linear_r2', 'measure_probe', 'inside', 'with_kept', 'kept_at', 'keep_runs', 'train_and_keep', 'add_kept',
-           'arm_of', 'product_format', 'formats_of', 'read_kept', 'kept_tasks', 'compared', 'advantage',
-           'full_scale_verdict', 'tasks_compared', 'blocks_compared', 'size_effects', 'spell_advantage',
-           'size_sentence', 'context_sentence', 'tasks_sentence', 'inside_by_run', 'lead', 'lead_text',
-           'gradients_text', 'past_text', 'blocks_text']
+           'arm_of', 'product_format', 'conditions_of', 'read_kept', 'kept_tasks', 'compared', 'advantage',
+           'full_scale_verdict', 'catching_up', 'tasks_compared', 'blocks_compared', 'size_effects', 'spell_advantage',
+           'size_sentence', 'context_sentence', 'tasks_sentence', 'catching_up_sentence', 'inside_by_run', 'lead',
+           'lead_text', 'gradients_text', 'past_text', 'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -25,7 +25,7 @@ from .analysis.activations import activations, analysis_batch
 from .analysis.attention_distance import context_use
 from .analysis.cka import linear_cka
 from .analysis.gradients import gradient_norms, sample_norms
-from .analysis.learning_curves import area_under_curve, factorial_effects
+from .analysis.learning_curves import area_under_curve, factorial_effects, time_to_reach
 from .analysis.mutual_information import mutual_information
 from .analysis.parameter_change import parameter_change
 from .backbones import mixed_precision
@@ -290,13 +290,14 @@ def product_format(
     "The format in which a run computed its products of matrices."
     return manifest['config']['precision'] if manifest['environment'].get('bfloat16', True) else 'float32'
 
-def formats_of(
-    runs: pd.DataFrame,  # with `arm` and `products`, as from `compared`
+def conditions_of(
+    runs: pd.DataFrame,  # with `arm`, `seed`, `products` and `constant_error`, as from `compared`
     arms: list[str],     # in this order
-) -> str:                # such as 'bfloat16', if that goes for all, or 'float32 against bfloat16'
-    "In which formats runs that are compared were computed."
+) -> str:                # such as 'bfloat16', if that goes for all, or 'float32 against bfloat16, two collections'
+    "In which formats runs that are compared were computed, and whether runs of the same seed learned from different collections of data."
     formats = [' and '.join(sorted(set(runs.products[runs.arm == a]))) for a in arms]
-    return formats[0] if len(set(formats)) == 1 else ' against '.join(formats)
+    apart = runs[runs.arm.isin(arms)].groupby('seed').constant_error.nunique().max() > 1
+    return (formats[0] if len(set(formats)) == 1 else ' against '.join(formats)) + ', two collections' * bool(apart)
 
 # %% ../nbs/components/full_scale.ipynb #2eee4e83
 def read_kept(
@@ -326,7 +327,7 @@ def compared(
     head: str,
     arms: list[str],
     least: int = 0,         # updates that a run must have to count
-) -> pd.DataFrame:          # a row a run: `arm`, `seed`, `products`, `area`, and at the end of the comparison `error` and `updates`
+) -> pd.DataFrame:          # a row a run: `arm`, `seed`, `products`, `constant_error`, `area`, and at the end of the comparison `error` and `updates`
     "Runs of several arms, alike in seeds and updates."
     d = metrics[(metrics['head'] == head) & metrics.arm.isin(arms) & (metrics.groupby('run').step.transform('max') >= max(1, least))]
     alike = set.intersection(*(set(d.seed[d.arm == a]) for a in arms))
@@ -362,6 +363,22 @@ def full_scale_verdict(
     verdict = judge(effect[:3], beyond[:3], CLAIMS[5].smallest, effect[3], 'paper')
     if verdict == 'supported' and not errors['language'] < constant: verdict = 'inconclusive'
     return dict(verdict=verdict, effect=effect, beyond=beyond, seeds=effect[3], updates=int(runs.updates.max()), errors=errors[arms].to_dict(), constant=constant)
+
+# %% ../nbs/components/full_scale.ipynb #b19eca83
+def catching_up(
+    metrics: pd.DataFrame,  # from `read_kept`
+    head: str,
+    of: str,                # an arm
+    over: str,              # another
+    least: int = 2000,      # updates that a run must have to count
+) -> pd.DataFrame:          # a row a seed: which arm is `behind` and which `ahead` after so many `updates`, the held-out errors of both there, and after how many updates the one ahead had `reached` the error of the other
+    "How long the faster of two arms took for what the slower ends with."
+    rows = []
+    for seed, pair in compared(metrics, head, [of, over], least).groupby('seed'):
+        behind, ahead = pair.sort_values('error', ascending=False).itertuples()
+        reached = time_to_reach(metrics[(metrics.run == ahead.run) & (metrics.step <= ahead.updates)], behind.error, 'held_out_error', falls=True).reached.item()
+        rows.append(dict(seed=seed, behind=behind.arm, ahead=ahead.arm, error_behind=behind.error, error_ahead=ahead.error, reached=reached, updates=behind.updates))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #9a1181a2
 def tasks_compared(
@@ -401,7 +418,7 @@ def blocks_compared(
         kinds = runs.assign(arm=runs.arm.where(runs.arm == 'random', 'block'))
         area = runs.set_index(['arm', 'seed']).area
         def lower(donor): return paired_difference(area, arms[donor], arms['language']) if {donor, 'language'} <= set(arms) else None
-        rows.append(dict(head=head, block=block, untouched=area['random'].mean(), **{d: area[a].mean() for d, a in arms.items()}, effect=lower('random'), beyond=lower('language-permuted'), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), products=formats_of(kinds, ['random', 'block']), learned=bool(runs.error.min() < there.constant_error[there.run.isin(runs.run)].mean())))
+        rows.append(dict(head=head, block=block, untouched=area['random'].mean(), **{d: area[a].mean() for d, a in arms.items()}, effect=lower('random'), beyond=lower('language-permuted'), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), products=conditions_of(kinds, ['random', 'block']), learned=bool(runs.error.min() < there.constant_error[there.run.isin(runs.run)].mean())))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #0c3674fa
@@ -455,6 +472,18 @@ def tasks_sentence(
     "What the tasks say, one by one."
     told = '; '.join(f"{t.task}: {spell_advantage(t.effect)}, {t.updates} updates" for t in tasks.itertuples())
     return f"By task, the mean error over training from the language model's weights against random ones (linear head, no context): {told}." if len(tasks) > 1 else ''
+
+def catching_up_sentence(
+    metrics: pd.DataFrame,
+    head: str = 'linear',
+    of: str = 'language',
+    over: str = 'random',
+) -> str:                   # empty if no such runs were trained long enough
+    "What `catching_up` says of two arms, seed by seed."
+    try: runs = catching_up(metrics, head, of, over)
+    except InputError: return ''
+    told = (f"{r.behind} weights end at {r.error_behind:.3f} (seed {r.seed}); {r.ahead} ones were there after {r.reached:,.0f} updates and end at {r.error_ahead:.3f}" for r in runs.itertuples())
+    return f"Trained longer, for {runs.updates.max():,} updates ({head} head, no context): {'; '.join(told)}."
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
 def inside_by_run(
@@ -540,5 +569,5 @@ def blocks_text(
         means = ', '.join(f'{d} {r[d]:.3f}' for d in ('untouched', *DONORS) if pd.notna(r.get(d)))
         gains = [f'{spell_advantage(r[e])} than with the {d} one' for e, d in (('effect', 'random'), ('beyond', 'permuted')) if r[e]]
         return f"- {r['head']} head, block {r['block']} ({r['updates']} updates, {r['seeds']} seed{'s' * (r['seeds'] > 1)}; {r['products']}): {means}." + f" With the language block it is {', and '.join(gains)}." * bool(gains) + ' None of them ends with a smaller error than a constant guess.' * (not r['learned'])
-    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one block of another body; in brackets, too, the format of products of matrices, untouched against with a block. '
+    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one block of another body; in brackets, too, the format of products of matrices, untouched against with a block, and whether the two learned from different collections of data. '
             'Only what the language block does beyond a random and a permuted one would speak for the claim.\n\n' + '\n'.join(line(r) for _, r in found.iterrows()))
