@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['DONORS', 'SQUARE', 'SMOLLM2_ARMS', 'LEADS', 'kept_folder', 'constant_error', 'measure_head', 'play',
            'measure_representations', 'measure_weights', 'measure_gradients', 'measure_context', 'measure_information',
-           'linear_r2', 'measure_probe', 'inside', 'with_kept', 'kept_at', 'keep_runs', 'train_and_keep', 'add_kept',
-           'arm_of', 'product_format', 'conditions_of', 'read_kept', 'kept_tasks', 'compared', 'advantage',
-           'full_scale_verdict', 'catching_up', 'tasks_compared', 'blocks_compared', 'size_effects', 'spell_advantage',
-           'size_sentence', 'context_sentence', 'tasks_sentence', 'catching_up_sentence', 'inside_by_run', 'lead',
-           'lead_text', 'gradients_text', 'past_text', 'blocks_text']
+           'linear_r2', 'measure_probe', 'inside', 'with_kept', 'kept_at', 'set_aside', 'keep_runs', 'train_and_keep',
+           'add_kept', 'arm_of', 'product_format', 'conditions_of', 'read_kept', 'kept_tasks', 'compared', 'advantage',
+           'full_scale_verdict', 'catching_up', 'tasks_compared', 'blocks_compared', 'size_effects', 'made_twice',
+           'spell_advantage', 'size_sentence', 'context_sentence', 'tasks_sentence', 'catching_up_sentence',
+           'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -207,6 +207,28 @@ def kept_at(
     "Whether a file has rows of a run at an epoch."
     return path.exists() and ((t := read_table(path)).epoch[t.run == run.path.name] == epoch).any()
 
+# %% ../nbs/components/full_scale.ipynb #7dfd5078
+def _write_table(table, path):
+    with whole_file(path) as tmp: table.to_parquet(tmp)
+
+def set_aside(
+    new: pd.DataFrame,  # metrics of runs of one task
+    task: str,
+    folder: Path,       # where results are kept
+):
+    "Move what is kept of runs that were trained again since into `earlier`."
+    path, listed = folder / f'{task}.parquet', folder / f'{task}-manifests.json'
+    if not path.exists(): return
+    both = (metrics := read_table(path)).merge(new, on=['run', 'epoch', 'target_return'], suffixes=('', '_new'))
+    again = set(both.run[both.held_out_error != both.held_out_error_new])
+    if not again: return
+    earlier = folder / 'earlier'; earlier.mkdir(exist_ok=True)
+    set_aside(metrics[metrics.run.isin(again)], task, earlier)   # for the third time
+    _add_manifests(earlier / listed.name, {r: m for r, m in json.loads(listed.read_text()).items() if r in again})
+    for table in sorted(folder.glob(f'{task}*.parquet')):   # the metrics last: they tell which runs
+        old = read_table(table); gone = old.run.isin(again)
+        if gone.any(): _write_table(with_kept(old[gone], earlier / table.name), earlier / table.name); _write_table(old[~gone], table)
+
 # %% ../nbs/components/full_scale.ipynb #9f391f9e
 def keep_runs(
     runs: list[Run],      # begun, of one task
@@ -217,10 +239,9 @@ def keep_runs(
     "Write what runs have measured so far; measures that need a checkpoint are taken where they are missing."
     if len(tasks := {r.config.task for r in runs}) != 1: raise InputError('runs to keep', 'some, all of one task', ', '.join(sorted(tasks)) or 'none')
     folder.mkdir(parents=True, exist_ok=True); (task,), newest = tasks, {r: r.last_epoch for r in runs}
-    def write(name, table):
-        path = folder / f'{task}{name}.parquet'; whole = with_kept(table, path)
-        with whole_file(path) as tmp: whole.to_parquet(tmp)
-    write('', pd.concat([_facts(r, e) for r, e in newest.items()]))
+    def write(name, table): _write_table(with_kept(table, path := folder / f'{task}{name}.parquet'), path)
+    set_aside(metrics := pd.concat([_facts(r, e) for r, e in newest.items()]), task, folder)
+    write('', metrics)
     _add_manifests(folder / f'{task}-manifests.json', {r.path.name: dict(r.manifest, last_epoch=e, config=asdict(r.config)) for r, e in newest.items()})
     todo = [(r, n, measure) for r in runs for n, measure in measures(r.config).items() if not kept_at(folder / f'{task}-{n}.parquet', r, newest[r])]
     for r, n, measure in tqdm(todo, desc='measures', disable=not progress): write(f'-{n}', measure(r, newest[r]))
@@ -266,10 +287,10 @@ def add_kept(
 ):
     "Add results from elsewhere to what is kept."
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(found.glob('*/*.parquet')):
-        whole = with_kept(read_table(path), folder / path.name)
-        with whole_file(folder / path.name) as tmp: whole.to_parquet(tmp)
-    for path in sorted(found.glob('*/*-manifests.json')): _add_manifests(folder / path.name, json.loads(path.read_text()))
+    manifests = sorted(found.glob('*/*-manifests.json'))
+    for path in manifests: set_aside(read_table(path.with_name(f'{(task := path.name.removesuffix("-manifests.json"))}.parquet')), task, folder)
+    for path in sorted(found.glob('*/*.parquet')): _write_table(with_kept(read_table(path), folder / path.name), folder / path.name)
+    for path in manifests: _add_manifests(folder / path.name, json.loads(path.read_text()))
 
 # %% ../nbs/components/full_scale.ipynb #902b84a4
 _WEIGHTS = {'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments', 'smollm2-rescaled': 'language-rescaled'}
@@ -434,6 +455,22 @@ def size_effects(
     runs = compared(metrics, head, list(SQUARE), least)
     size, values = zip(*runs.arm.map(SQUARE))
     return factorial_effects(runs.assign(size=size, values=values), 'area', dict(size=('small', 'large'), values=('random', 'language'))).assign(updates=int(runs.updates.max()))
+
+# %% ../nbs/components/full_scale.ipynb #1bc7c60d
+def made_twice(
+    task: str = 'hopper-medium',
+    folder: Path | None = None,  # `kept_folder()` by default
+) -> pd.DataFrame:               # a row a run: `run`, `arm`, `head`, `seed`, mean errors over the `updates` that both have, the `first` time and `again`
+    "What differs in runs that were made twice."
+    folder = folder or kept_folder()
+    if not (folder / 'earlier' / f'{task}.parquet').exists(): return pd.DataFrame()
+    old, new = read_kept(task, folder=folder / 'earlier'), read_kept(task, folder=folder)
+    rows = []
+    for run, d in new[new.run.isin(old.run)].groupby('run'):
+        both = [m[(m.run == run) & m.step.isin(d.step[d.step.isin(old.step[old.run == run])])] for m in (old, d)]
+        first, again = (area_under_curve(m).area.item() for m in both)
+        rows.append(dict(run=run, **d[['arm', 'head', 'seed']].iloc[0], first=first, again=again, updates=both[0].step.max()))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #7783f9e2
 def spell_advantage(
