@@ -510,6 +510,7 @@ def tasks_sentence(
     told = '; '.join(f"{t.task}: {spell_advantage(t.effect)}, {t.updates} updates" for t in tasks.itertuples())
     return f"By task, the mean error over training from the language model's weights against random ones (linear head, no context): {told}." if len(tasks) > 1 else ''
 
+# %% ../nbs/components/full_scale.ipynb #415ea837
 def catching_up_sentence(
     metrics: pd.DataFrame,
     head: str = 'linear',
