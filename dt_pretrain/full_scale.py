@@ -311,6 +311,7 @@ def product_format(
     "The format in which a run computed its products of matrices."
     return manifest['config']['precision'] if manifest['environment'].get('bfloat16', True) else 'float32'
 
+# %% ../nbs/components/full_scale.ipynb #a7c0c858
 def conditions_of(
     runs: pd.DataFrame,  # with `arm`, `seed`, `products` and `constant_error`, as from `compared`
     arms: list[str],     # in this order
@@ -480,6 +481,7 @@ def spell_advantage(
     mean, low, high = effect[:3] if effect[0] > 0 else (-effect[0], -effect[2], -effect[1])
     return f"{'lower' if effect[0] > 0 else 'higher'} by {spell((mean, low, high), 3)}"
 
+# %% ../nbs/components/full_scale.ipynb #cfb47d82
 def size_sentence(
     metrics: pd.DataFrame,
     head: str = 'linear',
@@ -491,6 +493,7 @@ def size_sentence(
     size_only = e.low['size'] > 0 and e.low['values'] < 0 < e.high['values']
     return 'What slows learning is how large the numbers are; no effect of what is in them is seen. ' * bool(size_only) + f"Numbers as large as the language model's, against numbers as small as random weights, change the mean error over training by {does['size']}; the language model's values, against random ones of their size, by {does['values']} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
 
+# %% ../nbs/components/full_scale.ipynb #55df9ec2
 def context_sentence(
     metrics: pd.DataFrame,
     arms=(('language', 'random'),),  # pairs of weights, and what they are compared with
@@ -503,6 +506,7 @@ def context_sentence(
             told.append(f"{spell_advantage(effect)} from {of} weights than from {over} ones ({n} updates, {effect[3]} seed{'s' * (effect[3] > 1)})")
     return f"With context (K=20, a linear head, eight windows an update) the mean error over training is {'; '.join(told)}." if told else ''
 
+# %% ../nbs/components/full_scale.ipynb #a803624d
 def tasks_sentence(
     tasks: pd.DataFrame,  # from `tasks_compared`
 ) -> str:                 # empty for less than two
