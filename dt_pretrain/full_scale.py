@@ -216,15 +216,16 @@ def set_aside(
     task: str,
     folder: Path,       # where results are kept
 ):
-    "Move what is kept of runs that were trained again since into `earlier`."
+    "Move what is kept of runs that were trained again since, or now came less far, into `earlier`."
     path, listed = folder / f'{task}.parquet', folder / f'{task}-manifests.json'
     if not path.exists(): return
     both = (metrics := read_table(path)).merge(new, on=['run', 'epoch', 'target_return'], suffixes=('', '_new'))
-    again = set(both.run[both.held_out_error != both.held_out_error_new])
+    further = metrics.run[metrics.epoch > metrics.run.map(new.groupby('run').epoch.max())]   # than the new ones
+    again = {*both.run[both.held_out_error != both.held_out_error_new], *further}
     if not again: return
     earlier = folder / 'earlier'; earlier.mkdir(exist_ok=True)
     set_aside(metrics[metrics.run.isin(again)], task, earlier)   # for the third time
-    _add_manifests(earlier / listed.name, {r: m for r, m in json.loads(listed.read_text()).items() if r in again})
+    _add_manifests(earlier / listed.name, {r: m for r, m in _manifests(listed).items() if r in again})
     for table in sorted(folder.glob(f'{task}*.parquet')):   # the metrics last: they tell which runs
         old = read_table(table); gone = old.run.isin(again)
         if gone.any(): _write_table(with_kept(old[gone], earlier / table.name), earlier / table.name); _write_table(old[~gone], table)
@@ -246,9 +247,10 @@ def keep_runs(
     todo = [(r, n, measure) for r in runs for n, measure in measures(r.config).items() if not kept_at(folder / f'{task}-{n}.parquet', r, newest[r])]
     for r, n, measure in tqdm(todo, desc='measures', disable=not progress): write(f'-{n}', measure(r, newest[r]))
 
+def _manifests(path): return json.loads(path.read_text()) if path.exists() else {}
+
 def _add_manifests(path, new):
-    manifests = (json.loads(path.read_text()) if path.exists() else {}) | new
-    with whole_file(path) as tmp: tmp.write_text(json.dumps(manifests, indent=1))
+    with whole_file(path) as tmp: tmp.write_text(json.dumps(_manifests(path) | new, indent=1))
 
 def _facts(run, epoch):
     "Metrics up to an epoch, and what a constant guess has."
@@ -467,10 +469,12 @@ def made_twice(
     if not (folder / 'earlier' / f'{task}.parquet').exists(): return pd.DataFrame()
     old, new = read_kept(task, folder=folder / 'earlier'), read_kept(task, folder=folder)
     rows = []
-    for run, d in new[new.run.isin(old.run)].groupby('run'):
-        both = [m[(m.run == run) & m.step.isin(d.step[d.step.isin(old.step[old.run == run])])] for m in (old, d)]
-        first, again = (area_under_curve(m).area.item() for m in both)
-        rows.append(dict(run=run, **d[['arm', 'head', 'seed']].iloc[0], first=first, again=again, updates=both[0].step.max()))
+    for run in sorted(set(old.run) & set(new.run)):
+        pair = [m[m.run == run] for m in (old, new)]
+        shared = set.intersection(*(set(d.step) for d in pair))
+        if len(shared) < 2: continue   # just begun
+        first, again = (area_under_curve(d[d.step.isin(shared)]).area.item() for d in pair)
+        rows.append(dict(run=run, **pair[1][['arm', 'head', 'seed']].iloc[0], first=first, again=again, updates=max(shared)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #7783f9e2
