@@ -4,10 +4,10 @@
 __all__ = ['DONORS', 'SQUARE', 'SMOLLM2_ARMS', 'LEADS', 'kept_folder', 'constant_error', 'measure_head', 'play',
            'measure_representations', 'measure_weights', 'measure_gradients', 'measure_context', 'measure_information',
            'linear_r2', 'measure_probe', 'inside', 'with_kept', 'kept_at', 'set_aside', 'keep_runs', 'train_and_keep',
-           'add_kept', 'arm_of', 'product_format', 'conditions_of', 'read_kept', 'kept_tasks', 'compared', 'advantage',
-           'full_scale_verdict', 'catching_up', 'tasks_compared', 'blocks_compared', 'size_effects', 'made_twice',
-           'spell_advantage', 'size_sentence', 'context_sentence', 'tasks_sentence', 'catching_up_sentence',
-           'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
+           'add_kept', 'arm_of', 'product_format', 'two_collections', 'conditions_of', 'read_kept', 'kept_tasks',
+           'compared', 'advantage', 'full_scale_verdict', 'catching_up', 'tasks_compared', 'blocks_compared',
+           'size_effects', 'made_twice', 'spell_advantage', 'size_sentence', 'context_sentence', 'tasks_sentence',
+           'catching_up_sentence', 'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -314,14 +314,19 @@ def product_format(
     return manifest['config']['precision'] if manifest['environment'].get('bfloat16', True) else 'float32'
 
 # %% ../nbs/components/full_scale.ipynb #a7c0c858
+def two_collections(
+    runs: pd.DataFrame,  # with `seed` and `constant_error`, as from `compared`
+) -> bool:
+    "Whether runs of the same seed learned from different collections of data."
+    return bool(runs.groupby('seed').constant_error.nunique().max() > 1)
+
 def conditions_of(
     runs: pd.DataFrame,  # with `arm`, `seed`, `products` and `constant_error`, as from `compared`
     arms: list[str],     # in this order
 ) -> str:                # such as 'bfloat16', if that goes for all, or 'float32 against bfloat16, two collections'
     "In which formats runs that are compared were computed, and whether runs of the same seed learned from different collections of data."
     formats = [' and '.join(sorted(set(runs.products[runs.arm == a]))) for a in arms]
-    apart = runs[runs.arm.isin(arms)].groupby('seed').constant_error.nunique().max() > 1
-    return (formats[0] if len(set(formats)) == 1 else ' against '.join(formats)) + ', two collections' * bool(apart)
+    return (formats[0] if len(set(formats)) == 1 else ' against '.join(formats)) + ', two collections' * two_collections(runs[runs.arm.isin(arms)])
 
 # %% ../nbs/components/full_scale.ipynb #2eee4e83
 def read_kept(
@@ -463,7 +468,7 @@ def size_effects(
 def made_twice(
     task: str = 'hopper-medium',
     folder: Path | None = None,  # `kept_folder()` by default
-) -> pd.DataFrame:               # a row a run: `run`, `arm`, `head`, `seed`, mean errors over the `updates` that both have, the `first` time and `again`
+) -> pd.DataFrame:               # a row a run: `run`, `arm`, `head`, `seed`, mean errors over the `updates` that both have, the `first` time and `again`, and whether both learned from the `same_data`
     "What differs in runs that were made twice."
     folder = folder or kept_folder()
     if not (folder / 'earlier' / f'{task}.parquet').exists(): return pd.DataFrame()
@@ -474,7 +479,7 @@ def made_twice(
         shared = set.intersection(*(set(d.step) for d in pair))
         if len(shared) < 2: continue   # just begun
         first, again = (area_under_curve(d[d.step.isin(shared)]).area.item() for d in pair)
-        rows.append(dict(run=run, **pair[1][['arm', 'head', 'seed']].iloc[0], first=first, again=again, updates=max(shared)))
+        rows.append(dict(run=run, **pair[1][['arm', 'head', 'seed']].iloc[0], first=first, again=again, updates=max(shared), same_data=pd.concat(pair).constant_error.nunique() == 1))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #7783f9e2
