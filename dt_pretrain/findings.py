@@ -169,10 +169,13 @@ def read_results(
 def spell(
     estimate: tuple[float, float, float],  # mean, lower and upper end
     digits: int = 2,
+    brief: bool = False,    # for a table
 ) -> str:
-    "An estimate with its interval, for prose."
+    "An estimate with its 95 % interval, for prose."
     mean, low, high = (f'{round(x, digits) + 0.:.{digits}f}' for x in estimate[:3])   # + 0. makes -0.000 a 0.000
-    return f"{mean} ({f'95 % interval {low} to {high}' if math.isfinite(estimate[2] - estimate[1]) else 'one seed, no interval'})"
+    known = math.isfinite(estimate[2] - estimate[1])
+    if brief: return f"{mean} {f'[{low}, {high}]' if known else '(one seed)'}"
+    return f"{mean} ({f'95 % interval {low} to {high}' if known else 'one seed, no interval'})"
 
 # %% ../nbs/components/findings.ipynb #957fe99b
 def conclude(

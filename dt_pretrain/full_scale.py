@@ -6,8 +6,8 @@ __all__ = ['DONORS', 'SQUARE', 'SMOLLM2_ARMS', 'LEADS', 'kept_folder', 'constant
            'linear_r2', 'measure_probe', 'inside', 'with_kept', 'kept_at', 'set_aside', 'keep_runs', 'train_and_keep',
            'add_kept', 'arm_of', 'product_format', 'two_collections', 'conditions_of', 'read_kept', 'kept_tasks',
            'compared', 'advantage', 'full_scale_verdict', 'catching_up', 'tasks_compared', 'blocks_compared',
-           'size_effects', 'made_twice', 'spell_advantage', 'size_sentence', 'context_sentence', 'tasks_sentence',
-           'catching_up_sentence', 'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
+           'size_effects', 'made_twice', 'spell_advantage', 'size_sentence', 'context_sentence', 'catching_up_sentence',
+           'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -356,6 +356,7 @@ def compared(
     head: str,
     arms: list[str],
     least: int = 0,         # updates that a run must have to count
+    since: int = 0,         # first epoch whose error counts in the area; 0 is before training
 ) -> pd.DataFrame:          # a row a run: `arm`, `seed`, `products`, `constant_error`, `area`, and at the end of the comparison `error` and `updates`
     "Runs of several arms, alike in seeds and updates."
     d = metrics[(metrics['head'] == head) & metrics.arm.isin(arms) & (metrics.groupby('run').step.transform('max') >= max(1, least))]
@@ -364,7 +365,7 @@ def compared(
     d = d[d.seed.isin(alike)]; d = d[d.step <= d.groupby('run').step.max().min()]
     if (twice := d.groupby(['arm', 'seed']).run.nunique() > 1).any(): raise InputError(f'runs of {twice.idxmax()}', 'one of each arm and seed', 'several')
     last = d.sort_values('step').groupby('run').last()
-    areas = area_under_curve(d)
+    areas = area_under_curve(d, since=since)
     return areas.assign(products=areas.run.map(last.products), error=areas.run.map(last.held_out_error), updates=areas.run.map(last.step))
 
 def advantage(
@@ -373,9 +374,10 @@ def advantage(
     of: str,            # an arm
     over: str,          # another
     least: int = 0,
+    since: int = 0,
 ) -> tuple[tuple, int]: # how much lower the error of the first is: mean, lower and upper end, seeds; and over how many updates
     "How much lower one arm's mean error over training is than another's."
-    runs = compared(metrics, head, [of, over], least)
+    runs = compared(metrics, head, [of, over], least, since)
     return paired_difference(runs.set_index(['arm', 'seed']).area, over, of), int(runs.updates.max())
 
 # %% ../nbs/components/full_scale.ipynb #87e8da9c
@@ -500,7 +502,7 @@ def size_sentence(
     except InputError: return ''
     seeds, does = int(e.n.iloc[0]), {t: spell((e.estimate[t], e.low[t], e.high[t]), 3) for t in ('size', 'values')}
     size_only = e.low['size'] > 0 and e.low['values'] < 0 < e.high['values']
-    return 'What slows learning is how large the numbers are; no effect of what is in them is seen. ' * bool(size_only) + f"Numbers as large as the language model's, against numbers as small as random weights, change the mean error over training by {does['size']}; the language model's values, against random ones of their size, by {does['values']} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
+    return 'Large numbers slow learning; an effect of what is in them is not resolved. ' * bool(size_only) + f"Numbers as large as the language model's, against numbers as small as random weights, change the mean error over training by {does['size']}; the language model's values, against random ones of their size, by {does['values']} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
 
 # %% ../nbs/components/full_scale.ipynb #55df9ec2
 def context_sentence(
@@ -511,17 +513,10 @@ def context_sentence(
     name, told = (lambda w: f'{w}, K=20, 8 windows'), []
     for of, over in arms:
         with suppress(InputError):
-            effect, n = advantage(metrics, 'linear', name(of), name(over))
-            told.append(f"{spell_advantage(effect)} from {of} weights than from {over} ones ({n} updates, {effect[3]} seed{'s' * (effect[3] > 1)})")
+            (effect, n), later = advantage(metrics, 'linear', name(of), name(over)), ''
+            with suppress(InputError): later = f"; without the error before any training {spell_advantage(advantage(metrics, 'linear', name(of), name(over), since=1)[0])}"
+            told.append(f"{spell_advantage(effect)} from {of} weights than from {over} ones ({n} updates, {effect[3]} seed{'s' * (effect[3] > 1)}{later})")
     return f"With context (K=20, a linear head, eight windows an update) the mean error over training is {'; '.join(told)}." if told else ''
-
-# %% ../nbs/components/full_scale.ipynb #a803624d
-def tasks_sentence(
-    tasks: pd.DataFrame,  # from `tasks_compared`
-) -> str:                 # empty for less than two
-    "What the tasks say, one by one."
-    told = '; '.join(f"{t.task}: {spell_advantage(t.effect)}, {t.updates} updates" for t in tasks.itertuples())
-    return f"By task, the mean error over training from the language model's weights against random ones (linear head, no context): {told}." if len(tasks) > 1 else ''
 
 # %% ../nbs/components/full_scale.ipynb #415ea837
 def catching_up_sentence(
@@ -533,7 +528,7 @@ def catching_up_sentence(
     "What `catching_up` says of two arms, seed by seed."
     try: runs = catching_up(metrics, head, of, over)
     except InputError: return ''
-    told = (f"{r.behind} weights end at {r.error_behind:.3f} (seed {r.seed}); {r.ahead} ones were there after {r.reached:,.0f} updates and end at {r.error_ahead:.3f}" for r in runs.itertuples())
+    told = (f"{r.behind} weights end at {r.error_behind:.3f} (seed {r.seed}); {r.ahead} ones were there after about {r.reached:,.0f} updates and end at {r.error_ahead:.3f}" for r in runs.itertuples())
     return f"Trained longer, for {runs.updates.max():,} updates ({head} head, no context): {'; '.join(told)}."
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
@@ -620,5 +615,5 @@ def blocks_text(
         means = ', '.join(f'{d} {r[d]:.3f}' for d in ('untouched', *DONORS) if pd.notna(r.get(d)))
         gains = [f'{spell_advantage(r[e])} than with the {d} one' for e, d in (('effect', 'random'), ('beyond', 'permuted')) if r[e]]
         return f"- {r['head']} head, block {r['block']} ({r['updates']} updates, {r['seeds']} seed{'s' * (r['seeds'] > 1)}; {r['products']}): {means}." + f" With the language block it is {', and '.join(gains)}." * bool(gains) + ' None of them ends with a smaller error than a constant guess.' * (not r['learned'])
-    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one block of another body; in brackets, too, the format of products of matrices, untouched against with a block, and whether the two learned from different collections of data. '
+    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one block of another body; in brackets, too, the precision of matrix products (of untouched ones against those with a block), and "two collections" if the two learned from data that were collected on different machines. '
             'Only what the language block does beyond a random and a permuted one would speak for the claim.\n\n' + '\n'.join(line(r) for _, r in found.iterrows()))

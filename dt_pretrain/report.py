@@ -272,6 +272,6 @@ def refresh_page(
 def refresh(say=print):
     "Execute again what rests on the results in `results/full-scale` alone, and make README.md from the home page."
     top = checkout()
-    for page in [*sorted((top / 'nbs' / 'findings').glob('*.ipynb')), top / 'nbs' / 'index.ipynb']:
+    for page in [*sorted(p for d in ('findings', 'experiments') for p in (top / 'nbs' / d).glob('*.ipynb')), top / 'nbs' / 'index.ipynb']:
         if n := refresh_page(page, top / '_report' / 'refreshed'): say(f'{page.name}: {n} cells')
     _keep_readme(top, say)

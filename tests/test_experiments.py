@@ -35,8 +35,27 @@ def test_head_offset(experiment, tmp_path):
     experiment("head_offset", constants=[0.0, 4.0], **small)
     told = [o["data"]["text/markdown"] for c in nbformat.read(tmp_path / "head_offset.ipynb", 4).cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
     assert re.search(r"Of 1 runs that began with an offset above the spread \(similarity 0\.[89]\d to 0\.[89]\d\), [01] left saturation in 4 updates", told[-1]), told
-    with pytest.raises(RuntimeError, match=r"constants: expected at least 0, and one of them, found \[-1\.0\]"):
-        experiment("head_offset", constants=[-1.0], **small)
+    for bad in ([-1.0], "[0.0]"):
+        with pytest.raises(RuntimeError, match="constants: expected a list of numbers, at least 0, found " + re.escape(str(bad))):
+            experiment("head_offset", constants=bad, **small)
+
+
+def test_head_centre(experiment, tmp_path):
+    "A centred body sees no states alike and has no offset; a cancelled one has no offset either, and sees them as before. What is kept is not made again."
+    given = dict(preset="smoke", initialisation="random", n_layer=1, width=64, updates=4, points=2, seeds=[0], out_dir=str(tmp_path / "kept"))
+    experiment("head_centre", **given)
+    kept = {p.stem.split("-")[-2]: pd.read_parquet(p) for p in (tmp_path / "kept").glob("*.parquet")}
+    start = {v: t.iloc[0] for v, t in kept.items()}
+    assert set(kept) == {"centred", "cancelled"} and all(t.updates.to_list() == [0, 2, 4] for t in kept.values())
+    assert abs(start["centred"].similarity) < 0.02 < start["cancelled"].similarity
+    assert start["centred"].offset == pytest.approx(start["cancelled"].offset, abs=1e-4) and start["centred"].spread == pytest.approx(start["cancelled"].spread, abs=1e-4)
+    assert start["centred"].offset < 0.2 * start["centred"].spread
+    assert kept["centred"].held_out_error.iloc[-1] != kept["centred"].held_out_error.iloc[0]
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").iterdir()}
+    experiment("head_centre", **given)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").iterdir()} == stamps
+    with pytest.raises(RuntimeError, match="seeds: expected a list of whole numbers, found 3"):
+        experiment("head_centre", **given | dict(seeds=3))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("stable_baselines3") is None, reason="the extra 'collect' is not installed")
@@ -56,7 +75,7 @@ def test_bad_parameters_stop_before_anything_runs(experiment, tmp_path, paramete
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("notebook", ["experiments/collect", "experiments/train_policies", "experiments/pretrain", "experiments/full_scale", "experiments/head_offset", "findings/0_sanity", "findings/5_no_context", "index"])
+@pytest.mark.parametrize("notebook", ["experiments/collect", "experiments/train_policies", "experiments/pretrain", "experiments/full_scale", "experiments/head_offset", "experiments/head_centre", "findings/0_sanity", "findings/5_no_context", "index"])
 def test_unknown_parameters_are_refused_everywhere(top, tmp_path, notebook):
     with pytest.raises(RuntimeError, match="parameter 'sead': expected one of .*, found an unknown name"):
         execute_notebook(top / "nbs" / f"{notebook}.ipynb", tmp_path / "out.ipynb", dict(sead=3))
