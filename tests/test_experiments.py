@@ -54,8 +54,9 @@ def test_head_centre(experiment, tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").iterdir()}
     experiment("head_centre", **given)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").iterdir()} == stamps
-    with pytest.raises(RuntimeError, match="seeds: expected a list of whole numbers, found 3"):
-        experiment("head_centre", **given | dict(seeds=3))
+    for bad, message in ((dict(seeds=3), "seeds: expected a list of whole numbers, found 3"), (dict(points=3), "points: expected a number that divides the updates, 4, found 3"), (dict(updates=2), "expected a curve of 2 updates, found 4")):
+        with pytest.raises(RuntimeError, match=message):
+            experiment("head_centre", **given | bad)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("stable_baselines3") is None, reason="the extra 'collect' is not installed")
