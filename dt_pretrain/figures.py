@@ -13,7 +13,7 @@ from .tasks import InputError, get_task, normalized_score, published_scores
 
 # %% ../nbs/components/figures.ipynb #3c4a41e5
 COLOURS = {'paper': '#D55E00', 'controlled': '#0072B2', 'reference': '#444444', 'published': '#009E73',
-           'random': '#555555', 'language': '#0072B2', 'language-permuted': '#56B4E9', 'language-moments': '#8FC8E8', 'language-rescaled': '#8B5A9F', 'image': '#E69F00', 'image-in-gpt2': '#D55E00', 'image-random': '#B0A080',
+           'random': '#555555', 'language': '#0072B2', 'language-permuted': '#56B4E9', 'language-moments': '#8C6D31', 'language-rescaled': '#8B5A9F', 'image': '#E69F00', 'image-in-gpt2': '#D55E00', 'image-random': '#B0A080',
            'synthetic-markov': '#009E73', 'synthetic-iid': '#7FC8A9', 'mimetic': '#CC79A7'}
 
 def use_theme():

@@ -470,6 +470,7 @@ def size_effects(
 def made_twice(
     task: str = 'hopper-medium',
     folder: Path | None = None,  # `kept_folder()` by default
+    upto: int | None = None,     # compare so many updates at most
 ) -> pd.DataFrame:               # a row a run: `run`, `arm`, `head`, `seed`, mean errors over the `updates` that both have, the `first` time and `again`, and whether both learned from the `same_data`
     "What differs in runs that were made twice."
     folder = folder or kept_folder()
@@ -478,7 +479,7 @@ def made_twice(
     rows = []
     for run in sorted(set(old.run) & set(new.run)):
         pair = [m[m.run == run] for m in (old, new)]
-        shared = set.intersection(*(set(d.step) for d in pair))
+        shared = {s for s in set.intersection(*(set(d.step) for d in pair)) if upto is None or s <= upto}
         if len(shared) < 2: continue   # just begun
         first, again = (area_under_curve(d[d.step.isin(shared)]).area.item() for d in pair)
         rows.append(dict(run=run, **pair[1][['arm', 'head', 'seed']].iloc[0], first=first, again=again, updates=max(shared), same_data=pd.concat(pair).constant_error.nunique() == 1))
@@ -502,7 +503,7 @@ def size_sentence(
     except InputError: return ''
     seeds, does = int(e.n.iloc[0]), {t: spell((e.estimate[t], e.low[t], e.high[t]), 3) for t in ('size', 'values')}
     size_only = e.low['size'] > 0 and e.low['values'] < 0 < e.high['values']
-    return 'Large numbers slow learning; an effect of what is in them is not resolved. ' * bool(size_only) + f"Numbers as large as the language model's, against numbers as small as random weights, change the mean error over training by {does['size']}; the language model's values, against random ones of their size, by {does['values']} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
+    return 'At the usual learning rate large numbers slow learning; whether it matters what is in them cannot be told. ' * bool(size_only) + f"Numbers as large as the language model's, against numbers as small as random weights, change the mean error over training by {does['size']}; the language model's values, against random ones of their size, by {does['values']} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
 
 # %% ../nbs/components/full_scale.ipynb #55df9ec2
 def context_sentence(
@@ -615,5 +616,5 @@ def blocks_text(
         means = ', '.join(f'{d} {r[d]:.3f}' for d in ('untouched', *DONORS) if pd.notna(r.get(d)))
         gains = [f'{spell_advantage(r[e])} than with the {d} one' for e, d in (('effect', 'random'), ('beyond', 'permuted')) if r[e]]
         return f"- {r['head']} head, block {r['block']} ({r['updates']} updates, {r['seeds']} seed{'s' * (r['seeds'] > 1)}; {r['products']}): {means}." + f" With the language block it is {', and '.join(gains)}." * bool(gains) + ' None of them ends with a smaller error than a constant guess.' * (not r['learned'])
-    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one block of another body; in brackets, too, the precision of matrix products (of untouched ones against those with a block), and "two collections" if the two learned from data that were collected on different machines. '
+    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one of its 30 blocks from another body. In brackets stands the precision of matrix products, of untouched ones against those with a block; where it says "two collections", the two learned from data collected on different machines, and only those with a block should be compared with each other. '
             'Only what the language block does beyond a random and a permuted one would speak for the claim.\n\n' + '\n'.join(line(r) for _, r in found.iterrows()))
