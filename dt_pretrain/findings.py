@@ -6,7 +6,7 @@ __all__ = ['CLAIMS', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of
 
 # %% ../nbs/components/findings.ipynb #5127add6
 import hashlib, inspect, json, math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .runs import Run, read_table, runs_folder, whole_file
-from .setups import PRESETS, run_name
+from .setups import PRESETS, FinetuneConfig, run_name
 from .statistics import t_interval
 from .sweeps import read_sweep
 from .tasks import InputError, project_root, task_names
@@ -86,11 +86,14 @@ def runs_of(
     task: str = 'hopper-medium',
     runs_dir: str | Path | None = None,  # the project's `runs` by default
     seeds: int | None = None,            # instead of what the file says
+    **only,                              # values of the configuration that runs must have, such as `setup='paper'`
 ) -> list[Run]:                          # finished, in the order of the sweep
-    "The runs that a sweep file asks for; raises InputError if some are not finished."
+    "The runs that a sweep file asks for; raises InputError if some are not finished, or if none is like that."
+    if wrong := set(only) - {f.name for f in fields(FinetuneConfig)}: raise InputError('what the runs are to have', 'fields of a FinetuneConfig', ', '.join(sorted(wrong)))
     folder = Path(runs_dir) if runs_dir else runs_folder()
     if '.' not in str(sweep): sweep = project_root() / 'nbs' / 'experiments' / 'sweeps' / f'{sweep}.toml'
-    runs = [Run(folder / c.task / run_name(c)) for c in read_sweep(sweep, preset, seeds, task=task)]
+    runs = [Run(folder / c.task / run_name(c)) for c in read_sweep(sweep, preset, seeds, task=task) if all(getattr(c, k) == v for k, v in only.items())]
+    if not runs: raise InputError(f'runs of {Path(sweep).name} with {only}', 'some', 'none')
     missing = [r for r in runs if r.status != 'finished']
     if missing: raise InputError(f'{preset} runs of {Path(sweep).name} in {folder}', f'{len(runs)} finished ones (make report PRESET={preset} makes them)', f'{len(missing)} that are not, such as {missing[0].name}')
     return runs
