@@ -173,12 +173,14 @@ def attention_weights(
     backbone: PreTrainedModel,
     inputs_embeds: torch.Tensor,                 # (batch, tokens, width)
     attention_mask: torch.Tensor | None = None,  # (batch, tokens), 0 on padding
-) -> torch.Tensor:                               # (blocks, batch, heads, tokens, tokens): queries, then keys; rows sum to 1
+) -> torch.Tensor:                               # (blocks, batch, heads, tokens, tokens): queries, then keys; rows sum to 1; raises InputError if a block does not tell
     "How much each token attends to each earlier one."
     before, training = backbone.config._attn_implementation, backbone.training
     try:
         backbone.set_attn_implementation('eager'); backbone.eval()
-        return torch.stack(backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, output_attentions=True).attentions)
+        found = backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, output_attentions=True).attentions
+        if len(found) != len(blocks(backbone)): raise InputError('attention of a body', f'that of all {len(blocks(backbone))} blocks', f'{len(found)}: a block that came with its heads (`transplant`) does not tell')
+        return torch.stack(found)
     finally: backbone.set_attn_implementation(before); backbone.train(training)
 
 # %% ../nbs/components/backbones.ipynb #c747ac0f

@@ -175,12 +175,13 @@ def state(self: Trainer) -> dict[str, torch.Tensor]:
 
 # %% ../nbs/components/finetuning.ipynb #61144231
 @patch
-def _read(self: Trainer, weights, state):
-    "Weights and training state from two files, or from one; raises InputError unless they are this model's."
+def _read(self: Trainer, epoch, weights, state):
+    "Weights and training state from two files, or from one; raises InputError unless they are this model's, of this epoch."
     tensors, _ = load_tensors(weights)
     if weights == state: tensors = {k[6:]: v for k, v in tensors.items() if k.startswith('model.')}
     check_weights(self.model, tensors, weights)
-    found, own = load_tensors(state)[0], {n: p for g in self.groups for n, p in zip(g['names'], g['params'])}
+    (found, facts), own = load_tensors(state), {n: p for g in self.groups for n, p in zip(g['names'], g['params'])}
+    if facts.get('epoch') != epoch: raise InputError(str(state), f'the state of training after epoch {epoch}', f'that after epoch {facts.get("epoch")}')
     expected = {k: v.shape for k, v in self.state().items() if k.split('.')[0] in ('step', 'generator') and k != 'generator.cuda'}
     if found.get('step', 0) > 0: expected |= {f'adam.{n}.{k}': p.shape for n, p in own.items() for k in ('exp_avg', 'exp_avg_sq')} | {f'adam.{n}.step': () for n in own}
     wrong = [k for k in expected if k not in found or found[k].shape != expected[k]]
@@ -208,7 +209,7 @@ def restore(self: Trainer,
     "Go back to where the run was left, or to the newest point before that is whole."
     wrong = []
     for epoch, weights, state in run.resume_points():
-        try: found = self._read(weights, state); break
+        try: found = self._read(epoch, weights, state); break
         except InputError as e: wrong.append(e)
     else:
         if run.last_epoch: raise wrong[0]

@@ -193,6 +193,7 @@ def close_epoch(self: Run,
     save_tensors(self.checkpoint_path(epoch), weights, epoch=epoch)
     save_tensors(self.resume_path(epoch), state, epoch=epoch)
     self.write_twice('metrics.parquet', pd.concat([*past, pd.DataFrame(rows)], ignore_index=True).to_parquet)
+    (self.path / 'resume' / 'stopped.safetensors').unlink(missing_ok=True)   # of this epoch's middle
     self.note(status=status, last_epoch=epoch, **facts)
     self._clear(epoch, status == 'finished')
 

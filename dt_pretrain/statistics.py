@@ -23,6 +23,13 @@ def _numbers(values, what='values', least=1):
     if not np.isfinite(x).all(): raise InputError(what, 'finite numbers', f'{(~np.isfinite(x)).sum()} NaN or infinite of {len(x)}')
     return x
 
+def _labels(groups, what, n):
+    "A whole number for the group of each value; InputError if one has none."
+    if groups is None: return np.zeros(n, int)
+    labels = pd.factorize(np.asarray(groups))[0]
+    if (labels < 0).any(): raise InputError(what, 'a label for each value', f'{(labels < 0).sum()} missing of {len(labels)}')
+    return labels
+
 # %% ../nbs/components/statistics.ipynb #e412c0c6
 def mean_of_last(
     metrics: pd.DataFrame,       # `Run.metrics` of one or several runs
@@ -68,7 +75,7 @@ def contrast_interval(
 ) -> Interval:
     "Welch's t interval of a weighted sum; infinite where a group with weight has a single value."
     x, w = _numbers(values), _numbers(weights, 'weights')
-    labels = np.zeros(len(x), int) if groups is None else pd.factorize(np.asarray(groups))[0]
+    labels = _labels(groups, 'groups', len(x))
     if not len(x) == len(w) == len(labels) or not 0 < level < 1: raise InputError('values, weights, groups and level', 'as many of each, and a level in (0, 1)', (len(x), len(w), len(labels), level))
     n = np.bincount(labels)                                                    # (G,)
     spread = np.bincount(labels, (x - (np.bincount(labels, x) / n)[labels])**2)  # (G,) sum of squares
@@ -103,7 +110,7 @@ def bootstrap_interval(
 ) -> Interval:
     "Percentile bootstrap interval, stratified. Warns where it is too narrow to be trusted."
     x = _numbers(values, least=2)
-    labels = np.zeros(len(x), int) if strata is None else pd.factorize(np.asarray(strata))[0]
+    labels = _labels(strata, 'strata', len(x))
     if len(labels) != len(x): raise InputError('strata', f'{len(x)} labels, one a value', len(labels))
     samples = [x[labels == g] for g in range(labels.max() + 1)]
     fewest = min(map(len, samples))

@@ -51,10 +51,11 @@ def read_sweep(
 def _cross(path, table, preset, seeds, values):
     "All combinations of one `[[runs]]` table."
     n = table.pop('seeds', {})
-    if not isinstance(n, dict) or not n.keys() <= PRESETS.keys() or not all(type(v) is int and v > 0 for v in n.values()):
+    if 'seed' in table: raise InputError(f'{path}: seed', 'how many, as `seeds = {mini = 3}`: they are 0, 1, 2, ...', table['seed'])
+    if not isinstance(n, dict) or not n or not n.keys() <= PRESETS.keys() or not all(type(v) is int and v > 0 for v in n.values()):
         raise InputError(f'{path}: seeds', 'a number for each preset, such as {mini = 3}', n)
     for k, v in table.items():
-        if isinstance(v, dict) and not v.keys() <= PRESETS.keys(): raise InputError(f'{path}: {k}', 'a value, a list of them, or either for each preset', v)
+        if v in ([], {}) or isinstance(v, dict) and (not v.keys() <= PRESETS.keys() or [] in v.values()): raise InputError(f'{path}: {k}', 'a value, a list of them, or either for each preset', v)
     if preset not in n: return
     table = {k: v[preset] if isinstance(v, dict) else v for k, v in table.items() if not isinstance(v, dict) or preset in v}  # values that differ by preset
     options = {k: v if isinstance(v, list) else [v] for k, v in (table | values).items()} | dict(seed=range(n[preset] if seeds is None else seeds))
