@@ -181,11 +181,11 @@ def _read(self: Trainer, epoch, weights, state):
     if weights == state: tensors = {k[6:]: v for k, v in tensors.items() if k.startswith('model.')}
     check_weights(self.model, tensors, weights)
     (found, facts), own = load_tensors(state), {n: p for g in self.groups for n, p in zip(g['names'], g['params'])}
-    if facts.get('epoch') != epoch: raise InputError(str(state), f'the state of training after epoch {epoch}', f'that after epoch {facts.get("epoch")}')
     expected = {k: v.shape for k, v in self.state().items() if k.split('.')[0] in ('step', 'generator') and k != 'generator.cuda'}
     if found.get('step', 0) > 0: expected |= {f'adam.{n}.{k}': p.shape for n, p in own.items() for k in ('exp_avg', 'exp_avg_sq')} | {f'adam.{n}.step': () for n in own}
     wrong = [k for k in expected if k not in found or found[k].shape != expected[k]]
     if wrong: raise InputError(str(state), "this model's training state", f'{len(wrong)} tensors missing or of another shape, such as {min(wrong)}')
+    if facts.get('epoch') != epoch: raise InputError(str(state), f'the state of training after epoch {epoch}', f'that after epoch {facts.get("epoch")}')
     return tensors, found
 
 # %% ../nbs/components/finetuning.ipynb #f3ccd8d6
