@@ -54,7 +54,7 @@ def test_head_centre(experiment, tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").iterdir()}
     experiment("head_centre", **given)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").iterdir()} == stamps
-    for bad, message in ((dict(seeds=3), "seeds: expected a list of whole numbers, found 3"), (dict(points=3), "points: expected a number that divides the updates, 4, found 3"), (dict(updates=2), "expected a curve of 2 updates, found 4")):
+    for bad, message in ((dict(seeds=3), "seeds: expected a list of whole numbers, found 3"), (dict(points=3), "points: expected a number that divides the updates, 4, found 3"), (dict(updates=2), "expected a curve of updates 2, found 4"), (dict(width=128), "expected a curve of the configuration controlled-random-K1-s0-[0-9a-f]+, found controlled-random-K1-s0-"), (dict(out_dir=None), "out_dir: expected a folder for curves of anything but the bodies of preset paper, found None")):
         with pytest.raises(RuntimeError, match=message):
             experiment("head_centre", **given | bad)
 
