@@ -136,6 +136,7 @@ def load_trajectories(
 ) -> Trajectories:
     "A task's dataset, from wherever it is to come."
     task = get_task(task) if isinstance(task, str) else task
+    if source == 'collect' and path is not None: raise InputError('path', 'none with source collect, or source minari, d4rl or hf', repr(str(path)))
     if source == 'collect': return read_minari(collected(task, n_steps, seed, progress), task)
     if source not in _READERS: raise InputError('source', f"'collect', {', '.join(map(repr, _READERS))}", repr(source))
     if source == 'minari' and path is None: raise InputError('path', 'the folder of a Minari dataset, since source is minari', path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from fastcore.basics import patch
 
-from .tasks import InputError
+from .tasks import InputError, check_type
 
 # %% ../nbs/components/execution.ipynb #4ba78148
 def check_parameters(
@@ -30,14 +30,15 @@ def check_parameters(
 # %% ../nbs/components/execution.ipynb #2f0e29e6
 def notebook_parameters(
     variables: dict,  # the notebook's `globals()`, right after the parameters
-    *known: str,      # names that it knows; with none, whoever takes the parameters checks them
-) -> dict:            # raises InputError for a name that it does not know
+    **known,          # its parameters and their types, as for `check_type`; with none, whoever takes the parameters checks them
+) -> dict:            # raises InputError for a name that it does not know, or a value of another type
     "The plain values among a notebook's variables."
     plain = (str, int, float, bool, list, tuple, dict, type(None))
     names = [k for k, v in variables.items() if not k.startswith('_') and k not in ('In', 'Out') and isinstance(v, plain)]
     names = variables.setdefault('_parameter_names', names)  # a cell that is run again must not take later variables for parameters
-    for name in names:
-        if known and name not in known: raise InputError(f'parameter {name!r}', f'one of {", ".join(known)}', 'an unknown name')
+    for name in names if known else ():
+        if name not in known: raise InputError(f'parameter {name!r}', f'one of {", ".join(known)}', 'an unknown name')
+        check_type(f'parameter {name!r}', variables[name], known[name])
     return {k: variables[k] for k in names}
 
 # %% ../nbs/components/execution.ipynb #ac96236f

@@ -5,12 +5,12 @@ __all__ = ['SETUPS', 'PRESETS', 'Setup', 'FinetuneConfig', 'check_config', 'reso
            'config_hash', 'run_name']
 
 # %% ../nbs/components/setups.ipynb #9e816516
-import difflib, hashlib, json, math, re, types, typing
+import difflib, hashlib, json, math, re, typing
 from dataclasses import asdict, dataclass, fields, replace
 
 from .backbones import Architecture, parse_initialisation
 from .decision_transformer import HEADS
-from .tasks import InputError, get_task
+from .tasks import InputError, check_type, get_task
 
 # %% ../nbs/components/setups.ipynb #5cb4520c
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def check_config(
     hints = typing.get_type_hints(FinetuneConfig)
     for f in fields(config):
         value = getattr(config, f.name)
-        if not _fits(value, hints[f.name]): raise InputError(f.name, _type_name(hints[f.name]), f'{value!r} ({type(value).__name__})')
+        check_type(f.name, value, hints[f.name])
         if value is None: continue
         if f.name in _CHOICES and value not in _CHOICES[f.name]: raise InputError(f.name, f'one of {", ".join(_CHOICES[f.name])}', repr(value))
         if f.name in ('held_out', 'max_grad_norm') and not value > 0: raise InputError(f.name, 'above 0', value)
@@ -102,23 +102,10 @@ def check_config(
         if f.name in _RANGES and not _RANGES[f.name] <= value < float('inf'): raise InputError(f.name, f'at least {_RANGES[f.name]}', value)
     task = get_task(config.task)
     if config.context_length > task.max_steps: raise InputError('context_length', f'at most {task.max_steps}, the longest episode of {task.name}', config.context_length)
+    if config.source == 'collect' and config.path is not None: raise InputError('path', 'none with source collect, or source minari, d4rl or hf', repr(config.path))
     if (config.donor is None) != (config.block is None): raise InputError('donor and block', 'both, or none', (config.donor, config.block))
     for name in ('dropout', 'attention_dropout', 'held_out'):
         if not getattr(config, name) < 1: raise InputError(name, 'below 1', getattr(config, name))
-
-# %% ../nbs/components/setups.ipynb #29e04837
-def _fits(value, hint):
-    "Whether a value has the type of a hint; a whole number passes as a float, a bool not as a number."
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    def one(t):
-        if typing.get_origin(t) is tuple: return isinstance(value, tuple) and len(value) > 0 and all(_fits(v, typing.get_args(t)[0]) for v in value)
-        if t is float: return isinstance(value, (int, float)) and not isinstance(value, bool)
-        return type(value) is t
-    return any(map(one, options))
-
-def _type_name(hint):
-    names = [getattr(t, '__name__', str(t)) if typing.get_origin(t) is None else 'a list of numbers' for t in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))]
-    return ' or '.join(n for n in names if n != 'NoneType')
 
 # %% ../nbs/components/setups.ipynb #21ca7fb5
 def resolve(
@@ -172,7 +159,7 @@ def make_config(
 # %% ../nbs/components/setups.ipynb #ea67027b
 def _setup_heads(values):
     "The number of heads that a setup gives a random body, unless the caller says another."
-    setup = SETUPS.get(values.get('setup', 'controlled'))
+    setup = SETUPS.get(check_type('setup', values.get('setup', 'controlled'), str))
     return dict(n_head=setup.random_n_head) if setup and setup.random_n_head else {}
 
 # %% ../nbs/components/setups.ipynb #f7ea341c

@@ -14,6 +14,7 @@ from dt_pretrain.execution import execute_notebook
 from dt_pretrain.runs import Run, find_runs
 from dt_pretrain.setups import make_config, run_name
 from dt_pretrain.sweeps import run_sweep
+from dt_pretrain.tasks import InputError
 
 
 @pytest.fixture
@@ -35,8 +36,8 @@ def test_head_offset(experiment, tmp_path):
     experiment("head_offset", constants=[0.0, 4.0], **small)
     told = [o["data"]["text/markdown"] for c in nbformat.read(tmp_path / "head_offset.ipynb", 4).cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
     assert re.search(r"Of 1 runs that were given an offset above the spread \(similarity 0\.[89]\d to 0\.[89]\d\), [01] had fewer saturated outputs after 4 updates than before", told[-1]), told
-    for bad in ([-1.0], "[0.0]"):
-        with pytest.raises(RuntimeError, match="constants: expected a list of numbers, at least 0, found " + re.escape(str(bad))):
+    for bad, message in (([-1.0], "constants: expected at least 0, found -1.0"), ("[0.0]", "'constants': expected a list of numbers, found '[0.0]'")):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
             experiment("head_offset", constants=bad, **small)
 
 
@@ -54,7 +55,7 @@ def test_head_centre(experiment, tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").iterdir()}
     experiment("head_centre", **given)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "kept").iterdir()} == stamps
-    for bad, message in ((dict(seeds=3), "seeds: expected a list of whole numbers, found 3"), (dict(points=3), "points: expected a number that divides the updates, 4, found 3"), (dict(updates=2), "expected a curve of updates 2, found 4"), (dict(width=128), "expected a curve of the configuration controlled-random-K1-s0-[0-9a-f]+, found controlled-random-K1-s0-"), (dict(out_dir=None), "out_dir: expected a folder for curves of anything but the bodies of preset paper, found None")):
+    for bad, message in ((dict(seeds=3), "'seeds': expected a list of whole numbers, found 3"), (dict(points=3), "points: expected a number that divides the updates, 4, found 3"), (dict(updates=2), "expected a curve of updates 2, found 4"), (dict(width=128), "expected a curve of the configuration controlled-random-K1-s0-[0-9a-f]+, found controlled-random-K1-s0-"), (dict(out_dir=None), "out_dir: expected a folder for curves of anything but the bodies of preset paper, found None")):
         with pytest.raises(RuntimeError, match=message):
             experiment("head_centre", **given | bad)
 
@@ -67,7 +68,8 @@ def test_train_policies(experiment, tmp_path):
 
 @pytest.mark.parametrize("parameters, message", [
     (dict(contxt_length=1), "expected one like 'context_length', found an unknown name"),
-    (dict(context_length="one"), "context_length: expected int, found 'one'"),
+    (dict(context_length="one"), "context_length: expected a whole number, found 'one'"),
+    (dict(until="abc"), "parameter 'until': expected a whole number or nothing, found 'abc'"),
     (dict(learning_rate=-1.0), "learning_rate: expected at least 0, found -1.0"),
 ])
 def test_bad_parameters_stop_before_anything_runs(experiment, tmp_path, parameters, message):
@@ -76,11 +78,35 @@ def test_bad_parameters_stop_before_anything_runs(experiment, tmp_path, paramete
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("notebook", ["experiments/collect", "experiments/train_policies", "experiments/pretrain", "experiments/full_scale", "experiments/head_offset", "experiments/head_centre", "findings/0_sanity", "findings/5_no_context", "index"])
-def test_unknown_parameters_are_refused_everywhere(top, tmp_path, notebook):
+def test_unknown_parameters_are_refused_before_anything_runs(top, tmp_path):
     with pytest.raises(RuntimeError, match="parameter 'sead': expected one of .*, found an unknown name"):
-        execute_notebook(top / "nbs" / f"{notebook}.ipynb", tmp_path / "out.ipynb", dict(sead=3))
+        execute_notebook(top / "nbs/findings/5_no_context.ipynb", tmp_path / "out.ipynb", dict(sead=3))
     assert [p.name for p in tmp_path.iterdir()] == ["out.failed.ipynb"]
+
+
+TOP = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("notebook", sorted(str(p.relative_to(TOP)) for p in (TOP / "nbs").rglob("*.ipynb") if p.parent.name != "components" and '"parameters"' in p.read_text()))
+def test_every_notebook_knows_its_parameters_and_their_types(top, notebook):
+    "Its defaults pass; a value of another type, and a name that it does not have, are refused."
+    cells = [c for c in nbformat.read(top / notebook, 4).cells if c.cell_type == "code"]
+    first = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
+    given = {}
+    exec(cells[first].source, given)
+    names = [n for n in given if not n.startswith("_")]
+    def take(**parameters):
+        variables = {n: given[n] for n in names} | parameters
+        exec(cells[first + 1].source, variables)
+        return variables["parameters"]
+    assert names and take() == {n: given[n] for n in names}
+    if notebook.endswith("finetune.ipynb"):   # leaves it to make_config
+        return
+    for name in names:
+        with pytest.raises(InputError, match=f"^parameter '{name}': expected .*, found {{'a': 1}} .dict.$"):
+            take(**{name: {"a": 1}})
+    with pytest.raises(InputError, match="parameter 'sead': expected one of .*, found an unknown name"):
+        take(sead=3)
 
 
 def test_sweep_keeps_going_and_is_not_repeated(top, tmp_path):
