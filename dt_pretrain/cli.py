@@ -57,7 +57,9 @@ def _configs(args):
     "The runs that a sweep file asks for, and where they live."
     from dt_pretrain.runs import runs_folder
     from dt_pretrain.sweeps import read_sweep
-    return read_sweep(args.file, args.preset, args.seeds, **({'task': args.task} if args.task else {})), args.runs_dir or runs_folder()
+    def at(preset): return read_sweep(args.file, preset, args.seeds, **({'task': args.task} if args.task else {}))
+    if not (configs := at(args.preset)): raise InputError(f'preset {args.preset}', f'one that {args.file} has runs for: {", ".join(p for p in PRESETS if at(p))}', 'none')
+    return configs, args.runs_dir or runs_folder()
 
 def _sweep(args):
     from dt_pretrain.collection import collected

@@ -98,12 +98,28 @@ def runs_of(
     if missing: raise InputError(f'{preset} runs of {Path(sweep).name} in {folder}', f'{len(runs)} finished ones (make report PRESET={preset} makes them)', f'{len(missing)} that are not, such as {missing[0].name}')
     return runs
 
-# %% ../nbs/components/findings.ipynb #0ec73275
+# %% ../nbs/components/findings.ipynb #0ec73274
+_PRESENT = ('_modidx', 'cli', 'execution', 'figures', 'findings', 'full_scale', 'report', 'site', 'sweeps')   # modules that plan and show; no measurement depends on them
+
+def _names(code): return set(code.co_names).union(*(_names(c) for c in code.co_consts if inspect.iscode(c)))
+
+def _of_page(function, found):
+    "Add a function's source and what it names of its page: other functions, with what they name, and plain values."
+    function = inspect.unwrap(function)
+    found[function.__name__] = inspect.getsource(function)
+    for name in sorted((_names(function.__code__) & function.__globals__.keys()) - found.keys()):
+        value = inspect.unwrap(function.__globals__[name])
+        if inspect.isfunction(value) and value.__module__ == function.__module__: _of_page(value, found)
+        elif isinstance(value, (str, int, float, list, tuple, dict, type(None))): found[name] = repr(value)
+    return found
+
 def _fingerprint(function, arguments, run):
     "Changes when a measurement would."
-    code = [inspect.getsource(function), *(p.read_text() for p in sorted((Path(inspect.getfile(Run)).parent / 'analysis').glob('*.py')))]
+    package = Path(inspect.getfile(Run)).parent
+    code = [_of_page(function, {}), *(p.read_text() for p in sorted(package.rglob('*.py')) if p.stem not in _PRESENT)]
     return hashlib.sha256(json.dumps([code, arguments, run.name, run.last_epoch, run.manifest.get('backbone')], sort_keys=True, default=repr).encode()).hexdigest()[:12]
 
+# %% ../nbs/components/findings.ipynb #0ec73275
 def measured(
     runs: list[Run],
     function,         # takes a run and the arguments, returns a DataFrame
