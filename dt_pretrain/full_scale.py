@@ -241,11 +241,16 @@ def keep_runs(
     if len(tasks := {r.config.task for r in runs}) != 1: raise InputError('runs to keep', 'some, all of one task', ', '.join(sorted(tasks)) or 'none')
     folder.mkdir(parents=True, exist_ok=True); (task,), newest = tasks, {r: r.last_epoch for r in runs}
     def write(name, table): _write_table(with_kept(table, path := folder / f'{task}{name}.parquet'), path)
-    set_aside(metrics := pd.concat([_facts(r, e) for r, e in newest.items()]), task, folder)
-    write('', metrics)
-    _add_manifests(folder / f'{task}-manifests.json', {r.path.name: dict(r.manifest, last_epoch=e, config=asdict(r.config)) for r, e in newest.items()})
+    metrics, manifests = pd.concat([_facts(r, e) for r, e in newest.items()]), {r.path.name: dict(r.manifest, last_epoch=e, config=asdict(r.config)) for r, e in newest.items()}
+    with _keeping(folder): set_aside(metrics, task, folder); write('', metrics); _add_manifests(folder / f'{task}-manifests.json', manifests)
     todo = [(r, n, measure) for r in runs for n, measure in measures(r.config).items() if not kept_at(folder / f'{task}-{n}.parquet', r, newest[r])]
-    for r, n, measure in tqdm(todo, desc='measures', disable=not progress): write(f'-{n}', measure(r, newest[r]))
+    for r, n, measure in tqdm(todo, desc='measures', disable=not progress):
+        found = measure(r, newest[r])
+        with _keeping(folder): write(f'-{n}', found)
+
+def _keeping(folder):
+    "Nobody else writes to a folder of results."
+    return FileLock(folder / '.kept.lock')
 
 def _manifests(path): return json.loads(path.read_text()) if path.exists() else {}
 
@@ -290,9 +295,10 @@ def add_kept(
     "Add results from elsewhere to what is kept."
     folder.mkdir(parents=True, exist_ok=True)
     manifests = sorted(found.glob('*/*-manifests.json'))
-    for path in manifests: set_aside(read_table(path.with_name(f'{(task := path.name.removesuffix("-manifests.json"))}.parquet')), task, folder)
-    for path in sorted(found.glob('*/*.parquet')): _write_table(with_kept(read_table(path), folder / path.name), folder / path.name)
-    for path in manifests: _add_manifests(folder / path.name, json.loads(path.read_text()))
+    with _keeping(folder):
+        for path in manifests: set_aside(read_table(path.with_name(f'{(task := path.name.removesuffix("-manifests.json"))}.parquet')), task, folder)
+        for path in sorted(found.glob('*/*.parquet')): _write_table(with_kept(read_table(path), folder / path.name), folder / path.name)
+        for path in manifests: _add_manifests(folder / path.name, json.loads(path.read_text()))
 
 # %% ../nbs/components/full_scale.ipynb #902b84a4
 _WEIGHTS = {'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments', 'smollm2-rescaled': 'language-rescaled'}

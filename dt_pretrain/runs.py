@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .backbones import fast_bfloat16
-from .setups import FinetuneConfig, make_config, run_name, windows_per_step
+from .setups import FinetuneConfig, check_names, make_config, run_name, windows_per_step
 from .tasks import InputError, project_root
 
 # %% ../nbs/components/runs.ipynb #cef05163
@@ -285,8 +285,16 @@ def set_aside(self: Run,
     warnings.warn(f'{error}{f" (moved to {aside})" if aside.exists() else ""}; the run goes on from what is whole', stacklevel=2)
 
 @patch
-def repair(self: Run):
-    "Replace a manifest or table of metrics that cannot be read by its second copy."
+def repair(self: Run,
+    config: FinetuneConfig,  # that the folder is named after
+):
+    "Write a configuration that is missing or cannot be read; replace a manifest or table of metrics by its second copy."
+    path = self.path / 'config.json'
+    try: self._json(path.name)
+    except InputError as e:
+        if path.exists(): self.set_aside(e)
+        with whole_file(path) as tmp: tmp.write_text(json.dumps(asdict(config), indent=1))
+    if self.config != config: raise InputError(str(path), 'the configuration that the folder is named after', 'another one')
     for name, read in (('manifest.json', lambda run: run.manifest), ('metrics.parquet', lambda run: run.last_epoch is not None and run.metrics)):
         second = self.path / 'resume' / name
         if name == 'manifest.json' and second.exists() and not (self.path / name).exists(): shutil.copy(second, self.path / name)
@@ -347,11 +355,8 @@ def open_run(
     except OSError as e: raise InputError(str(run.path), 'a folder to write to', e) from e
     if not os.access(run.path, os.W_OK): raise InputError(str(run.path), 'a folder to write to', 'one that is read-only')
     with _locked(run, max(wait, .5) if wait >= 0 else -1):
-        if not (run.path / 'config.json').exists():
-            with whole_file(run.path / 'config.json') as tmp: tmp.write_text(json.dumps(asdict(config), indent=1))
-        elif run.config != config: raise InputError(str(run.path / 'config.json'), 'the configuration that the folder is named after', 'another one')
-        for debris in run.path.rglob('.*.[0-9]*'): debris.unlink()   # what a killed process was writing
-        run.repair()
+        run.repair(config)
+        for debris in (*run.path.glob('.*.[0-9]*'), *(run.path / 'resume').glob('.*.[0-9]*')): debris.unlink()   # what a killed process was writing
         yield run
 
 # %% ../nbs/components/runs.ipynb #60c38a23
@@ -365,6 +370,7 @@ def find_runs(
     finished: bool = True,   # only those that ended
     **values,                # fields of FinetuneConfig, such as `setup='paper'`
 ) -> list[Run]:
-    "Runs in a folder, by name."
+    "Runs in a folder, by name; raises InputError for a field that there is not."
+    check_names(values); values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     runs = [Run(p.parent) for p in sorted(Path(runs_dir).glob('*/*/config.json'))]
     return [r for r in runs if (not finished or r.status == 'finished') and all(getattr(r.config, k) == v for k, v in values.items())]

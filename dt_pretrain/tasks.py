@@ -112,6 +112,7 @@ def register_task(
     if task.name in _TASKS: raise InputError('task name', 'a new one', repr(task.name))
     if not (math.isfinite(task.random_return) and task.random_return < task.expert_return):
         raise InputError(f'references of {task.name}', 'random return < expert return', f'{task.random_return} and {task.expert_return}')
+    if not (math.isfinite(task.return_scale) and task.return_scale > 0): raise InputError(f'return_scale of {task.name}', 'a number above 0', task.return_scale)
     _TASKS[task.name] = task
 
 # %% ../nbs/components/tasks.ipynb #198d3481
