@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
@@ -83,12 +84,13 @@ def estimates(
     "How long runs will take."
     rate, known = 50e9, {}
     for r in finished: known.setdefault(replace(r.config, seed=0), []).append(r.manifest['seconds'])
-    factors = pd.Series([r.manifest['seconds'] * rate / operations(r.config) for r in finished], dtype=float)
-    basis = f'model, scaled by {len(finished)} runs' if len(finished) else 'model, 50 Gflop/s'
+    sizes = pd.Series([operations(r.config) for r in finished], dtype=float)
+    factors = pd.Series([r.manifest['seconds'] * rate for r in finished], dtype=float) / sizes
     def one(c):
-        alike = known.get(replace(c, seed=0), [])
+        alike, n = known.get(replace(c, seed=0), []), operations(c)
         if alike: return sum(alike) / len(alike), f'{len(alike)} runs alike'
-        return operations(c) / rate * (factors.median() if len(factors) else 1), basis
+        near = factors[np.log(sizes / n).abs().nsmallest(5).index]   # a run of seconds says little of one of hours
+        return n / rate * (near.median() if len(near) else 1), f'model, scaled by {len(near)} runs' if len(near) else 'model, 50 Gflop/s'
     return pd.DataFrame([one(c) for c in configs], columns=['seconds', 'estimated from'])
 
 def finished_runs(
