@@ -35,9 +35,11 @@ class Corpus:
 # %% ../nbs/components/pretraining.ipynb #4aaa5317
 def baseline_bits(
     corpus: Corpus,
-) -> dict[str, float]:  # bits a token on held-out sequences
+    limit: int = 20_000_000,  # tokens to count, from sequences all over the corpus
+) -> dict[str, float]:        # bits a token on held-out sequences
     "What the uniform and the unigram model need for a token."
-    seen = np.bincount(corpus.train[:, 1:].ravel()[:20_000_000], minlength=corpus.vocab_size) + 1.  # (V,) one more than seen
+    counted = corpus.train[::max(1, math.ceil(corpus.train.size / limit)), 1:]
+    seen = np.bincount(counted.ravel(), minlength=corpus.vocab_size) + 1.  # (V,) one more than seen
     return dict(uniform=math.log2(corpus.vocab_size), unigram=float(-np.log2(seen / seen.sum())[corpus.held_out[:, 1:]].mean()))
 
 # %% ../nbs/components/pretraining.ipynb #a0637937
@@ -239,7 +241,7 @@ def save_pretrained(
     folder = Path(folder)
     if folder.exists() and not (folder / 'card.json').is_file(): raise InputError(str(folder), 'a new folder, or one of a model that was trained here', 'another one')
     model = model.to(torch.bfloat16)
-    card = dict(corpus=corpus.name, **corpus.about, held_out_sha256=corpus.fingerprint, architecture=model.config.model_type, parameters=model.num_parameters(), steps=curve[-1]['step'], tokens=curve[-1]['tokens'],
+    card = dict(corpus=corpus.name, **corpus.about, held_out_sha256=corpus.fingerprint, architecture=model.config.model_type, parameters=model.num_parameters(), steps=curve[-1]['step'], tokens=curve[-1]['tokens'], kept_step=min(curve[1:], key=lambda c: c['held_out'])['step'],
                 held_out_bits=dict(model=held_out_bits(model, corpus), **baseline_bits(corpus)), **about, versions={p: version(p) for p in ('torch', 'transformers')}, curve=curve)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.' + folder.name))
