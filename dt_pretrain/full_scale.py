@@ -6,8 +6,8 @@ __all__ = ['DONORS', 'SQUARE', 'SMOLLM2_ARMS', 'LEADS', 'kept_folder', 'constant
            'linear_r2', 'measure_probe', 'inside', 'with_kept', 'kept_at', 'set_aside', 'keep_runs', 'train_and_keep',
            'add_kept', 'arm_of', 'product_format', 'two_collections', 'conditions_of', 'read_kept', 'kept_tasks',
            'compared', 'advantage', 'full_scale_verdict', 'catching_up', 'tasks_compared', 'blocks_compared',
-           'size_effects', 'made_twice', 'spell_advantage', 'size_sentence', 'context_sentence', 'catching_up_sentence',
-           'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
+           'size_effects', 'made_twice', 'spell_advantage', 'after_start_text', 'size_sentence', 'context_sentence',
+           'catching_up_sentence', 'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -391,15 +391,17 @@ def full_scale_verdict(
     metrics: pd.DataFrame,
     head: str,
     least: int = 600,  # updates that a run must have to count
-) -> dict:             # `verdict`, `effect`, `beyond`, `seeds`, `updates`, `errors` by arm at the end, `constant`: error of a constant guess
+) -> dict:             # `verdict`, `effect`, `beyond`, `seeds`, `updates`, `errors` by arm at the end, `constant`: error of a constant guess, `products`: as from `conditions_of`; `after_start`: `verdict`, `effect` and `beyond` without the error before any training
     "Finding 5's verdict on large runs."
     arms = ['language', 'random', 'language-permuted']
-    runs = compared(metrics, head, arms, least); areas, errors = runs.set_index(['arm', 'seed']).area, runs.groupby('arm').error.mean()
-    effect, beyond = (paired_difference(areas, other, 'language') for other in arms[1:])
+    runs = compared(metrics, head, arms, least); errors = runs.groupby('arm').error.mean()
     constant = float(metrics.constant_error[metrics.run.isin(runs.run)].mean())
-    verdict = judge(effect[:3], beyond[:3], CLAIMS[5].smallest, effect[3], 'paper')
-    if verdict == 'supported' and not errors['language'] < constant: verdict = 'inconclusive'
-    return dict(verdict=verdict, effect=effect, beyond=beyond, seeds=effect[3], updates=int(runs.updates.max()), errors=errors[arms].to_dict(), constant=constant)
+    def judged(since):
+        areas = compared(metrics, head, arms, least, since).set_index(['arm', 'seed']).area
+        effect, beyond = (paired_difference(areas, other, 'language') for other in arms[1:])
+        verdict = judge(effect[:3], beyond[:3], CLAIMS[5].smallest, effect[3], 'paper')
+        return dict(verdict='inconclusive' if verdict == 'supported' and not errors['language'] < constant else verdict, effect=effect, beyond=beyond)
+    return judged(0) | dict(after_start=judged(1), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), errors=errors[arms].to_dict(), constant=constant, products=conditions_of(runs, arms))
 
 # %% ../nbs/components/full_scale.ipynb #b19eca83
 def catching_up(
@@ -408,13 +410,14 @@ def catching_up(
     of: str,                # an arm
     over: str,              # another
     least: int = 2000,      # updates that a run must have to count
-) -> pd.DataFrame:          # a row a seed: which arm is `behind` and which `ahead` after so many `updates`, the held-out errors of both there, and after how many updates the one ahead had `reached` the error of the other
+) -> pd.DataFrame:          # a row a seed: which arm is `behind` and which `ahead` after so many `updates`, the held-out errors of both there, and after how many updates the one ahead had `reached` the error of the other, read off between the measurements at `above` and `below`
     "How long the faster of two arms took for what the slower ends with."
     rows = []
     for seed, pair in compared(metrics, head, [of, over], least).groupby('seed'):
         behind, ahead = pair.sort_values('error', ascending=False).itertuples()
-        reached = time_to_reach(metrics[(metrics.run == ahead.run) & (metrics.step <= ahead.updates)], behind.error, 'held_out_error', falls=True).reached.item()
-        rows.append(dict(seed=seed, behind=behind.arm, ahead=ahead.arm, error_behind=behind.error, error_ahead=ahead.error, reached=reached, updates=behind.updates))
+        curve = metrics[(metrics.run == ahead.run) & (metrics.step <= ahead.updates)]
+        reached = time_to_reach(curve, behind.error, 'held_out_error', falls=True).reached.item()
+        rows.append(dict(seed=seed, behind=behind.arm, ahead=ahead.arm, error_behind=behind.error, error_ahead=ahead.error, reached=reached, above=curve.step[curve.step < reached].max(), below=curve.step[curve.step >= reached].min(), updates=behind.updates))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #9a1181a2
@@ -424,17 +427,17 @@ def tasks_compared(
     head: str = 'linear',
     least: int = 400,            # updates that a run must have to count
     folder: Path | None = None,  # `kept_folder()` by default
-) -> pd.DataFrame:               # a row a task: `constant`, errors and scores of both arms at the end, `effect` as from `advantage`, `seeds`, `updates`
+) -> pd.DataFrame:               # a row a task: `constant`, errors and scores of both arms at the end, `effect` as from `advantage`, the same `after_start` (without the error before any training), `seeds`, `updates`, `products` as from `conditions_of`
     "Two arms in all tasks."
     rows = []
     for task in kept_tasks(folder):
         metrics = read_kept(task, folder=folder)
         try: runs = compared(metrics, head, [of, over], least)
         except InputError: continue   # not run in this task
-        effect, updates = advantage(metrics, head, of, over, least)
+        (effect, updates), (later, _) = (advantage(metrics, head, of, over, least, since) for since in (0, 1))
         at_end = metrics[metrics.run.isin(runs.run) & (metrics.step == updates)].groupby('arm').mean(numeric_only=True)
         told = {f'{name} {a}': at_end[column][a] for name, column in (('error', 'held_out_error'), ('score', 'score_mean')) for a in (of, over)}
-        rows.append(dict(task=task, constant=at_end.constant_error[of], **told, effect=effect, seeds=effect[3], updates=updates))
+        rows.append(dict(task=task, constant=at_end.constant_error[of], **told, effect=effect, after_start=later, seeds=effect[3], updates=updates, products=conditions_of(runs, [of, over])))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #07a1619c
@@ -499,6 +502,15 @@ def spell_advantage(
     mean, low, high = effect[:3] if effect[0] > 0 else (-effect[0], -effect[2], -effect[1])
     return f"{'lower' if effect[0] > 0 else 'higher'} by {spell((mean, low, high), 3)}"
 
+# %% ../nbs/components/full_scale.ipynb #7783f9e3
+def after_start_text(
+    verdict: dict,  # from `full_scale_verdict`
+) -> str:           # empty if nothing changes
+    "What the verdict is without the error before any training."
+    later = verdict['after_start']
+    if later['verdict'] == verdict['verdict']: return ''
+    return f" Without the error before any training it would be {later['verdict']}: {spell_advantage(later['effect'])} than from random weights, {spell_advantage(later['beyond'])} than from permuted ones."
+
 # %% ../nbs/components/full_scale.ipynb #cfb47d82
 def size_sentence(
     metrics: pd.DataFrame,
@@ -535,7 +547,7 @@ def catching_up_sentence(
     "What `catching_up` says of two arms, seed by seed."
     try: runs = catching_up(metrics, head, of, over)
     except InputError: return ''
-    told = (f"{r.behind} weights end at {r.error_behind:.3f} (seed {r.seed}); {r.ahead} ones were there after about {r.reached:,.0f} updates and end at {r.error_ahead:.3f}" for r in runs.itertuples())
+    told = (f"{r.behind} weights end at {r.error_behind:.3f} (seed {r.seed}); {r.ahead} ones were there between updates {r.above:,} and {r.below:,}, and end at {r.error_ahead:.3f}" for r in runs.itertuples())
     return f"Trained longer, for {runs.updates.max():,} updates ({head} head, no context): {'; '.join(told)}."
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
@@ -553,7 +565,7 @@ def inside_by_run(
     return runs.join(pd.concat(measures, axis=1))
 
 # %% ../nbs/components/full_scale.ipynb #894e29f0
-LEADS = {1: ('representations change', "change of the blocks' outputs (1 - CKA)", '{:.2f}', 1), 2: ('information after', 'nats on the action', '{:.2f}', -1), 3: ('weights change', 'change of a matrix relative to its norm, median', '{:.1%}', -1)}   # finding -> measure, in words, how to write it, sign of the claim
+LEADS = {1: ('representations change', "change of the blocks' outputs (1 - CKA)", '{:.2f}', 1), 2: ('information after', 'nats on the action', '{:.2f}', -1), 3: ('weights change', 'change of a matrix relative to its norm, median', '{:.3f}', -1)}   # finding -> measure, in words, how to write it, sign of the claim
 
 def lead(
     number: int,        # of a finding in LEADS
