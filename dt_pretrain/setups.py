@@ -131,6 +131,7 @@ def _check_shape(config):
     for name in _SHAPE[:3]:
         if getattr(config, name) is None: raise InputError(name, 'a whole number, because random weights have no architecture of their own', None)
     Architecture(config.n_layer, config.width, config.n_head, config.activation)
+    if config.block is not None and config.block >= config.n_layer: raise InputError('block', f'0 to {config.n_layer - 1}', config.block)
 
 # %% ../nbs/components/setups.ipynb #0ba5a4f2
 def windows_per_step(

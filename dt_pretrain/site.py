@@ -32,7 +32,7 @@ def _tool(
 ):
     "That module, or an error that says how to get it."
     try: return import_module(name)
-    except ImportError as e: raise SiteError(f'module {name}', "the development packages (pip install 'dt_pretrain[dev]')", 'none') from e
+    except ImportError as e: raise SiteError(f'module {name}', "the development packages (in the checkout: pip install -c constraints.txt -e '.[dev]')", 'none') from e
 
 # %% ../nbs/components/site.ipynb #c5e30ab8
 def _parse(

@@ -266,7 +266,7 @@ def on_ray(
 ):  # an engine
     "Work off jobs on a Ray cluster."
     if not 0 <= gpus: raise InputError('GPUs a run', 'at least 0', gpus)
-    if importlib.util.find_spec('ray') is None: raise InputError('engine ray', "the package ray: pip install 'dt_pretrain[cluster]'", 'not installed')
+    if importlib.util.find_spec('ray') is None: raise InputError('engine ray', "the package ray (in the checkout: pip install -c constraints.txt -e '.[cluster]')", 'not installed')
     def engine(todo):
         import ray
         started, refs = not ray.is_initialized(), {}

@@ -162,5 +162,5 @@ def import_d4rl():
             warnings.simplefilter('ignore')
             import d4rl, d4rl.infos, d4rl.offline_env
     except ImportError as e:
-        raise ImportError("d4rl is not installed: pip install 'dt_pretrain[d4rl]' && pip install --no-deps d4rl==1.1") from e
+        raise ImportError("d4rl is not installed; in the checkout: pip install -c constraints.txt -e '.[d4rl]' && pip install --no-deps d4rl==1.1") from e
     return d4rl
