@@ -5,6 +5,7 @@ __all__ = ['main']
 
 # %% ../nbs/components/cli.ipynb #82b771ad
 import argparse, sys
+from contextlib import suppress
 
 from . import __version__
 from .setups import PRESETS
@@ -58,7 +59,9 @@ def _configs(args):
     from dt_pretrain.runs import runs_folder
     from dt_pretrain.sweeps import read_sweep
     def at(preset): return read_sweep(args.file, preset, args.seeds, **({'task': args.task} if args.task else {}))
-    if not (configs := at(args.preset)): raise InputError(f'preset {args.preset}', f'one that {args.file} has runs for: {", ".join(p for p in PRESETS if at(p))}', 'none')
+    def has(preset):
+        with suppress(InputError): return bool(at(preset))   # what is wrong at another preset is for another day
+    if not (configs := at(args.preset)): raise InputError(f'preset {args.preset}', f'one that {args.file} has runs for: {", ".join(filter(has, PRESETS))}', 'none')
     return configs, args.runs_dir or runs_folder()
 
 def _sweep(args):

@@ -5,16 +5,18 @@ __all__ = ['CLAIMS', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of
            'write_result', 'read_results', 'spell', 'conclude']
 
 # %% ../nbs/components/findings.ipynb #5127add6
-import hashlib, inspect, json, math
-from dataclasses import dataclass, fields
+import dis, hashlib, inspect, json, math
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from .runs import Run, read_table, runs_folder, whole_file
-from .setups import PRESETS, FinetuneConfig, run_name
+from .setups import PRESETS, check_names, run_name
 from .statistics import t_interval
 from .sweeps import read_sweep
 from .tasks import InputError, project_root, task_names
@@ -89,7 +91,7 @@ def runs_of(
     **only,                              # values of the configuration that runs must have, such as `setup='paper'`
 ) -> list[Run]:                          # finished, in the order of the sweep
     "The runs that a sweep file asks for; raises InputError if some are not finished, or if none is like that."
-    if wrong := set(only) - {f.name for f in fields(FinetuneConfig)}: raise InputError('what the runs are to have', 'fields of a FinetuneConfig', ', '.join(sorted(wrong)))
+    check_names(only)
     folder = Path(runs_dir) if runs_dir else runs_folder()
     if '.' not in str(sweep): sweep = project_root() / 'nbs' / 'experiments' / 'sweeps' / f'{sweep}.toml'
     runs = [Run(folder / c.task / run_name(c)) for c in read_sweep(sweep, preset, seeds, task=task) if all(getattr(c, k) == v for k, v in only.items())]
@@ -99,24 +101,30 @@ def runs_of(
     return runs
 
 # %% ../nbs/components/findings.ipynb #0ec73274
-_PRESENT = ('_modidx', 'cli', 'execution', 'figures', 'findings', 'full_scale', 'report', 'site', 'sweeps')   # modules that plan and show; no measurement depends on them
+_PRESENT = ('_modidx', '__main__', 'cli', 'execution', 'figures', 'findings', 'full_scale', 'report', 'site', 'sweeps')   # modules that plan and show; no measurement depends on them
 
-def _names(code): return set(code.co_names).union(*(_names(c) for c in code.co_consts if inspect.iscode(c)))
+def _named(code):
+    "Global names in a piece of code, and in functions inside of it."
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
+    return own.union(*(_named(c) for c in code.co_consts if inspect.iscode(c)))
 
-def _of_page(function, found):
-    "Add a function's source and what it names of its page: other functions, with what they name, and plain values."
-    function = inspect.unwrap(function)
-    found[function.__name__] = inspect.getsource(function)
-    for name in sorted((_names(function.__code__) & function.__globals__.keys()) - found.keys()):
-        value = inspect.unwrap(function.__globals__[name])
-        if inspect.isfunction(value) and value.__module__ == function.__module__: _of_page(value, found)
-        elif isinstance(value, (str, int, float, list, tuple, dict, type(None))): found[name] = repr(value)
-    return found
+def _add(found, name, value, page):
+    "Add what a name means: the source of a function or class of the page, with all that it names in turn, or a hash of a value."
+    if name in found or inspect.ismodule(value) or inspect.isbuiltin(value): return
+    if isinstance(value, partial): return [_add(found, f'{name} {k}', v, page) for k, v in dict(of=value.func, takes=(value.args, value.keywords)).items()]
+    if inspect.isclass(value): return [_add(found, f'{name}.{k}', v, page) for k, v in vars(value).items() if inspect.isfunction(v)] if value.__module__ == page else None
+    if not inspect.isfunction(function := inspect.unwrap(value) if callable(value) else value): found[name] = joblib.hash(value); return
+    if function.__module__ != page: return   # the package's, or a library's
+    found[name] = inspect.getsource(function)
+    _add(found, f'{name} takes', (function.__defaults__, function.__kwdefaults__), page)
+    for n in sorted(_named(function.__code__) & function.__globals__.keys()): _add(found, n, function.__globals__[n], page)
+    for n, v in sorted(inspect.getclosurevars(function).nonlocals.items()): _add(found, f'{name}: {n}', v, page)
 
 def _fingerprint(function, arguments, run):
     "Changes when a measurement would."
-    package = Path(inspect.getfile(Run)).parent
-    code = [_of_page(function, {}), *(p.read_text() for p in sorted(package.rglob('*.py')) if p.stem not in _PRESENT)]
+    package, page = Path(inspect.getfile(Run)).parent, {}
+    _add(page, function.__name__, function, function.__module__)
+    code = [page, *(p.read_text() for p in sorted(package.rglob('*.py')) if p.stem not in _PRESENT)]
     return hashlib.sha256(json.dumps([code, arguments, run.name, run.last_epoch, run.manifest.get('backbone')], sort_keys=True, default=repr).encode()).hexdigest()[:12]
 
 # %% ../nbs/components/findings.ipynb #0ec73275

@@ -7,7 +7,8 @@ __all__ = ['DONORS', 'SQUARE', 'SMOLLM2_ARMS', 'LEADS', 'kept_folder', 'constant
            'add_kept', 'arm_of', 'product_format', 'two_collections', 'conditions_of', 'read_kept', 'kept_tasks',
            'compared', 'advantage', 'full_scale_verdict', 'catching_up', 'tasks_compared', 'blocks_compared',
            'size_effects', 'made_twice', 'spell_advantage', 'after_start_text', 'size_sentence', 'context_sentence',
-           'catching_up_sentence', 'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
+           'when_reached', 'catching_up_sentence', 'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text',
+           'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -204,8 +205,8 @@ def kept_at(
     run: Run,
     epoch: int,
 ) -> bool:
-    "Whether a file has rows of a run at an epoch."
-    return path.exists() and ((t := read_table(path)).epoch[t.run == run.path.name] == epoch).any()
+    "Whether a file has rows of a run at an epoch, or a later one."
+    return path.exists() and ((t := read_table(path)).epoch[t.run == run.path.name] >= epoch).any()
 
 # %% ../nbs/components/full_scale.ipynb #7dfd5078
 def _write_table(table, path):
@@ -239,14 +240,18 @@ def keep_runs(
 ):
     "Write what runs have measured so far; measures that need a checkpoint are taken where they are missing."
     if len(tasks := {r.config.task for r in runs}) != 1: raise InputError('runs to keep', 'some, all of one task', ', '.join(sorted(tasks)) or 'none')
-    folder.mkdir(parents=True, exist_ok=True); (task,), newest = tasks, {r: r.last_epoch for r in runs}
+    folder.mkdir(parents=True, exist_ok=True); task, = tasks
     def write(name, table): _write_table(with_kept(table, path := folder / f'{task}{name}.parquet'), path)
-    metrics, manifests = pd.concat([_facts(r, e) for r, e in newest.items()]), {r.path.name: dict(r.manifest, last_epoch=e, config=asdict(r.config)) for r, e in newest.items()}
-    with _keeping(folder): set_aside(metrics, task, folder); write('', metrics); _add_manifests(folder / f'{task}-manifests.json', manifests)
+    with _keeping(folder):   # runs are read inside, or a slower process would bring back what it saw earlier
+        newest = {r: r.last_epoch for r in runs}
+        set_aside(metrics := pd.concat([_facts(r, e) for r, e in newest.items()]), task, folder)
+        write('', metrics)
+        _add_manifests(folder / f'{task}-manifests.json', {r.path.name: dict(r.manifest, last_epoch=e, config=asdict(r.config)) for r, e in newest.items()})
     todo = [(r, n, measure) for r in runs for n, measure in measures(r.config).items() if not kept_at(folder / f'{task}-{n}.parquet', r, newest[r])]
     for r, n, measure in tqdm(todo, desc='measures', disable=not progress):
         found = measure(r, newest[r])
-        with _keeping(folder): write(f'-{n}', found)
+        with _keeping(folder):
+            if not kept_at(folder / f'{task}-{n}.parquet', r, newest[r] + 1): write(f'-{n}', found)
 
 def _keeping(folder):
     "Nobody else writes to a folder of results."
@@ -410,14 +415,14 @@ def catching_up(
     of: str,                # an arm
     over: str,              # another
     least: int = 2000,      # updates that a run must have to count
-) -> pd.DataFrame:          # a row a seed: which arm is `behind` and which `ahead` after so many `updates`, the held-out errors of both there, and after how many updates the one ahead had `reached` the error of the other, read off between the measurements at `above` and `below`
+) -> pd.DataFrame:          # a row a seed: which arm is `behind` and which `ahead` after so many `updates`, the held-out errors of both there, and after how many updates the one ahead had `reached` the error of the other, read off between the measurements at `above` (0: before training, or there from the start) and `below`
     "How long the faster of two arms took for what the slower ends with."
     rows = []
     for seed, pair in compared(metrics, head, [of, over], least).groupby('seed'):
         behind, ahead = pair.sort_values('error', ascending=False).itertuples()
         curve = metrics[(metrics.run == ahead.run) & (metrics.step <= ahead.updates)]
         reached = time_to_reach(curve, behind.error, 'held_out_error', falls=True).reached.item()
-        rows.append(dict(seed=seed, behind=behind.arm, ahead=ahead.arm, error_behind=behind.error, error_ahead=ahead.error, reached=reached, above=curve.step[curve.step < reached].max(), below=curve.step[curve.step >= reached].min(), updates=behind.updates))
+        rows.append(dict(seed=seed, behind=behind.arm, ahead=ahead.arm, error_behind=behind.error, error_ahead=ahead.error, reached=reached, above=max(curve.step[curve.step < reached], default=0), below=min(curve.step[curve.step >= reached]), updates=behind.updates))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #9a1181a2
@@ -538,6 +543,12 @@ def context_sentence(
     return f"With context (K=20, a linear head, eight windows an update) the mean error over training is {'; '.join(told)}." if told else ''
 
 # %% ../nbs/components/full_scale.ipynb #415ea837
+def when_reached(
+    race,   # a row of `catching_up`
+) -> str:
+    "Between which measurements the arm ahead was where the other ends."
+    return f'between updates {race.above:,} and {race.below:,}' if race.above else f'before update {race.below:,}' if race.below else 'from the start'
+
 def catching_up_sentence(
     metrics: pd.DataFrame,
     head: str = 'linear',
@@ -547,7 +558,7 @@ def catching_up_sentence(
     "What `catching_up` says of two arms, seed by seed."
     try: runs = catching_up(metrics, head, of, over)
     except InputError: return ''
-    told = (f"{r.behind} weights end at {r.error_behind:.3f} (seed {r.seed}); {r.ahead} ones were there between updates {r.above:,} and {r.below:,}, and end at {r.error_ahead:.3f}" for r in runs.itertuples())
+    told = (f"{r.behind} weights end at {r.error_behind:.3f} (seed {r.seed}); {r.ahead} ones were there {when_reached(r)}, and end at {r.error_ahead:.3f}" for r in runs.itertuples())
     return f"Trained longer, for {runs.updates.max():,} updates ({head} head, no context): {'; '.join(told)}."
 
 # %% ../nbs/components/full_scale.ipynb #a47de925

@@ -77,6 +77,7 @@ class Run:
         path, values = self.path / 'config.json', self._json('config.json')
         missing = sorted(FinetuneConfig.__dataclass_fields__.keys() - values.keys() - set(ADDED))
         if missing: raise InputError(str(path), 'all values of a configuration', f'none for {", ".join(missing)}')
+        if values.get('source') == 'collect': values['path'] = None   # which has always been ignored, and is refused now
         try: return make_config(**values)
         except InputError as e: raise InputError(f'{path}: {e.what}', e.expected, e.found) from e
 

@@ -33,10 +33,10 @@ def check_type(
     hint,       # a type, a `list[...]` or `tuple[..., ...]` of one, or a union; a whole number passes as a float, a bool not as a number
 ):              # the value; raises InputError if it is not of the type
     "A value that has the type of a hint."
-    if not _fits(value, hint): raise InputError(name, _type_name(hint), f'{value!r} ({type(value).__name__})')
+    if not _fits(value, hint): raise InputError(name, _type_name(hint), f'{value!r} ({type(value).__name__}{", and empty" * (isinstance(value, (list, tuple)) and not value)})')
     return value
 
-def _options(hint): return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+def _options(hint): return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 def _fits(value, hint):
     def one(t):
@@ -47,7 +47,9 @@ def _fits(value, hint):
 def _type_name(hint):
     one = {str: 'text', float: 'a number', int: 'a whole number', bool: 'true or false', types.NoneType: 'nothing'}
     many = {str: 'texts', float: 'numbers', int: 'whole numbers'}
-    return ' or '.join(f'a list of {many[typing.get_args(t)[0]]}' if typing.get_origin(t) else one[t] for t in _options(hint))
+    def name(t): return one.get(t, getattr(t, '__name__', str(t)))
+    def list_of(t): return f'a list of {many.get(t) or f"values, each {_type_name(t)}"}'
+    return ' or '.join(list_of(typing.get_args(t)[0]) if typing.get_origin(t) else name(t) for t in _options(hint))
 
 # %% ../nbs/components/tasks.ipynb #d12110ae
 def project_root(

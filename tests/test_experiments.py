@@ -97,12 +97,20 @@ def test_every_notebook_knows_its_parameters_and_their_types(top, notebook):
         variables = {n: given[n] for n in names} | parameters
         exec(cells[first + 1].source, variables)
         return variables["parameters"]
-    assert names and take() == {n: given[n] for n in names}
-    if notebook.endswith("finetune.ipynb"):   # leaves it to make_config
-        return
-    for name in names:
+    trains = notebook.endswith("finetune.ipynb")   # and leaves most to make_config
+    assert names and take() == {n: given[n] for n in names if not trains or n not in ("runs_dir", "device", "until")}
+    for name in ("runs_dir", "device", "until") if trains else names:
         with pytest.raises(InputError, match=f"^parameter '{name}': expected .*, found {{'a': 1}} .dict.$"):
             take(**{name: {"a": 1}})
+        refused = []
+        for value in (5, "five"):
+            try:
+                take(**{name: value})
+            except InputError:
+                refused.append(value)
+        assert refused, f"{name} may be a number and a word"
+    if trains:
+        return
     with pytest.raises(InputError, match="parameter 'sead': expected one of .*, found an unknown name"):
         take(sead=3)
 
