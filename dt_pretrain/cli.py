@@ -162,3 +162,6 @@ def main(
     except (RuntimeError, FloatingPointError, ImportError, OSError) as e: print(f'dt-pretrain: {e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('dt-pretrain: stopped; the same command goes on from here', file=sys.stderr); return 130
     return 0
+
+# %% ../nbs/components/cli.ipynb #73a0add0
+if __name__ == '__main__' and __package__: sys.exit(main())

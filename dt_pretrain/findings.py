@@ -101,13 +101,14 @@ def runs_of(
     return runs
 
 # %% ../nbs/components/findings.ipynb #0ec73274
-_PRESENT = ('_modidx', '__main__', 'cli', 'execution', 'figures', 'findings', 'full_scale', 'report', 'site', 'sweeps')   # modules that plan and show; no measurement depends on them
+_PRESENT = ('_modidx', 'cli', 'execution', 'figures', 'findings', 'full_scale', 'report', 'site', 'sweeps')   # modules that plan and show; no measurement depends on them
 
 def _named(code):
     "Global names in a piece of code, and in functions inside of it."
     own = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
     return own.union(*(_named(c) for c in code.co_consts if inspect.iscode(c)))
 
+# %% ../nbs/components/findings.ipynb #0ec73200
 def _add(found, name, value, page):
     "Add what a name means: the source of a function or class of the page, with all that it names in turn, or a hash of a value."
     if name in found or inspect.ismodule(value) or inspect.isbuiltin(value): return
@@ -120,6 +121,7 @@ def _add(found, name, value, page):
     for n in sorted(_named(function.__code__) & function.__globals__.keys()): _add(found, n, function.__globals__[n], page)
     for n, v in sorted(inspect.getclosurevars(function).nonlocals.items()): _add(found, f'{name}: {n}', v, page)
 
+# %% ../nbs/components/findings.ipynb #0ec73201
 def _fingerprint(function, arguments, run):
     "Changes when a measurement would."
     package, page = Path(inspect.getfile(Run)).parent, {}

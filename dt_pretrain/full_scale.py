@@ -549,6 +549,7 @@ def when_reached(
     "Between which measurements the arm ahead was where the other ends."
     return f'between updates {race.above:,} and {race.below:,}' if race.above else f'before update {race.below:,}' if race.below else 'from the start'
 
+# %% ../nbs/components/full_scale.ipynb #415ea800
 def catching_up_sentence(
     metrics: pd.DataFrame,
     head: str = 'linear',

@@ -149,6 +149,7 @@ def check_names(
     for k in values:
         if k not in known: raise InputError(f'parameter {k!r}', f'one like {near[0]!r}' if (near := difflib.get_close_matches(k, known)) else f'one of {", ".join(known)}', 'an unknown name')
 
+# %% ../nbs/components/setups.ipynb #a6af5f00
 def make_config(
     preset: str | None = None,  # `smoke`, `mini` or `paper`; none: the defaults above
     **values,                   # any field of FinetuneConfig; wins over the preset

@@ -36,6 +36,7 @@ def check_type(
     if not _fits(value, hint): raise InputError(name, _type_name(hint), f'{value!r} ({type(value).__name__}{", and empty" * (isinstance(value, (list, tuple)) and not value)})')
     return value
 
+# %% ../nbs/components/tasks.ipynb #7e1a0c00
 def _options(hint): return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 def _fits(value, hint):

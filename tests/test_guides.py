@@ -66,7 +66,7 @@ def check(words, whole=True):
         if word.startswith(".venv/bin/"):
             assert Path(sys.executable).with_name(Path(word).name).exists(), f"no {word}"
         tool, rest = Path(word).name, words[i + 1:]
-        if tool == "dt-pretrain" or words[i - 1:i + 1] == ["-m", "dt_pretrain"]:
+        if tool == "dt-pretrain" or words[i - 1:i + 1] == ["-m", "dt_pretrain.cli"]:
             return check_ours(rest) if whole else check_options(rest)
         if tool == "papermill":
             return check_papermill(rest)
@@ -137,7 +137,7 @@ def test_the_revision_in_the_guide_is_the_one_that_runs_use():
 @pytest.mark.parametrize("line", [
     "dt-pretrain finetun --preset mini", "dt-pretrain finetune --prset mini", "FOO=1 .venv/bin/dt-pretrain finetune --set contxt_length=1", "dt-pretrain sweep nowhere", "make reprot",
     "make report SEED=1", "papermill nbs/experiments/nowhere.ipynb out.ipynb", "papermill nbs/experiments/finetune.ipynb out.ipynb -p sead 1", "papermill nbs/experiments/finetune.ipynb out.ipynb -p seed one",
-    "papermill nbs/experiments/collect.ipynb out.ipynb -p seed 1", "cd x && make nothing", "sbatch --wrap 'exec dt-pretrain sweep nowhere'", "python -m dt_pretrain finetune --presets mini",
+    "papermill nbs/experiments/collect.ipynb out.ipynb -p seed 1", "cd x && make nothing", "sbatch --wrap 'exec dt-pretrain sweep nowhere'", "python -m dt_pretrain.cli finetune --presets mini",
     ".venv/bin/nbdev_exprot", ".venv/bin/nbdev_test --path nbs/components/nothing.ipynb", "pip install -e '.[gpu]'"])
 def test_wrong_commands_are_noticed(line):
     with pytest.raises((AssertionError, SystemExit, InputError)):
