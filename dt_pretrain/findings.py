@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
@@ -108,13 +107,21 @@ def _named(code):
     own = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
     return own.union(*(_named(c) for c in code.co_consts if inspect.iscode(c)))
 
+def _plain(value):
+    "A value as JSON and `repr` write it the same in every process; of an object that is none of these, its type."
+    if isinstance(value, dict): return [[_plain(k), _plain(v)] for k, v in value.items()]
+    if isinstance(value, (set, frozenset)): return sorted(repr(_plain(v)) for v in value)
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray): return [str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).hexdigest()]
+    return repr(value) if isinstance(value, (str, int, float, type(None), Path)) else str(type(value))
+
 # %% ../nbs/components/findings.ipynb #0ec73200
 def _add(found, name, value, page):
-    "Add what a name means: the source of a function or class of the page, with all that it names in turn, or a hash of a value."
+    "Add what a name means: the source of a function or class of the page, with all that it names in turn, or a value."
     if name in found or inspect.ismodule(value) or inspect.isbuiltin(value): return
     if isinstance(value, partial): return [_add(found, f'{name} {k}', v, page) for k, v in dict(of=value.func, takes=(value.args, value.keywords)).items()]
     if inspect.isclass(value): return [_add(found, f'{name}.{k}', v, page) for k, v in vars(value).items() if inspect.isfunction(v)] if value.__module__ == page else None
-    if not inspect.isfunction(function := inspect.unwrap(value) if callable(value) else value): found[name] = joblib.hash(value); return
+    if not inspect.isfunction(function := inspect.unwrap(value) if callable(value) else value): found[name] = _plain(value); return
     if function.__module__ != page: return   # the package's, or a library's
     found[name] = inspect.getsource(function)
     _add(found, f'{name} takes', (function.__defaults__, function.__kwdefaults__), page)
