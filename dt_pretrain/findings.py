@@ -7,7 +7,6 @@ __all__ = ['CLAIMS', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of
 # %% ../nbs/components/findings.ipynb #5127add6
 import dis, hashlib, inspect, json, math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -107,26 +106,16 @@ def _named(code):
     own = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
     return own.union(*(_named(c) for c in code.co_consts if inspect.iscode(c)))
 
-def _plain(value):
-    "A value as JSON and `repr` write it the same in every process; of an object that is none of these, its type."
-    if isinstance(value, dict): return [[_plain(k), _plain(v)] for k, v in value.items()]
-    if isinstance(value, (set, frozenset)): return sorted(repr(_plain(v)) for v in value)
-    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
-    if isinstance(value, np.ndarray): return [str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).hexdigest()]
-    return repr(value) if isinstance(value, (str, int, float, type(None), Path)) else str(type(value))
-
 # %% ../nbs/components/findings.ipynb #0ec73200
 def _add(found, name, value, page):
-    "Add what a name means: the source of a function or class of the page, with all that it names in turn, or a value."
-    if name in found or inspect.ismodule(value) or inspect.isbuiltin(value): return
-    if isinstance(value, partial): return [_add(found, f'{name} {k}', v, page) for k, v in dict(of=value.func, takes=(value.args, value.keywords)).items()]
-    if inspect.isclass(value): return [_add(found, f'{name}.{k}', v, page) for k, v in vars(value).items() if inspect.isfunction(v)] if value.__module__ == page else None
-    if not inspect.isfunction(function := inspect.unwrap(value) if callable(value) else value): found[name] = _plain(value); return
-    if function.__module__ != page: return   # the package's, or a library's
-    found[name] = inspect.getsource(function)
-    _add(found, f'{name} takes', (function.__defaults__, function.__kwdefaults__), page)
-    for n in sorted(_named(function.__code__) & function.__globals__.keys()): _add(found, n, function.__globals__[n], page)
-    for n, v in sorted(inspect.getclosurevars(function).nonlocals.items()): _add(found, f'{name}: {n}', v, page)
+    "Add what a name means: a function of the page with all that it names in turn, or plain data."
+    if name in found or inspect.ismodule(value) or callable(value) and getattr(value, '__module__', None) != page: return   # a library's, or the package's
+    if inspect.isfunction(value):
+        found[name] = inspect.getsource(value)
+        for n in sorted(_named(value.__code__) & value.__globals__.keys()): _add(found, n, value.__globals__[n], page)
+        return
+    try: found[name] = json.dumps(value)
+    except TypeError as e: raise InputError(f'{name}, which a measurement names', 'a function or plain data; anything else can be an argument', type(value).__name__) from e
 
 # %% ../nbs/components/findings.ipynb #0ec73201
 def _fingerprint(function, arguments, run):

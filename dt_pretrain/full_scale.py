@@ -514,7 +514,7 @@ def after_start_text(
     "What the verdict is without the error before any training."
     later = verdict['after_start']
     if later['verdict'] == verdict['verdict']: return ''
-    return f" Without the error before any training it would be {later['verdict']}: {spell_advantage(later['effect'])} than from random weights, {spell_advantage(later['beyond'])} than from permuted ones."
+    return f"Without the error before any training it would be {later['verdict']}: {spell_advantage(later['effect'])} than from random weights, {spell_advantage(later['beyond'])} than from permuted ones."
 
 # %% ../nbs/components/full_scale.ipynb #cfb47d82
 def size_sentence(

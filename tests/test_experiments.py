@@ -68,6 +68,8 @@ def test_train_policies(experiment, tmp_path):
 
 @pytest.mark.parametrize("parameters, message", [
     (dict(contxt_length=1), "expected one like 'context_length', found an unknown name"),
+    (dict(context_length="one"), "context_length: expected a whole number, found 'one'"),
+    (dict(learning_rate=-1.0), "learning_rate: expected at least 0, found -1.0"),
     (dict(until="abc"), "parameter 'until': expected a whole number or nothing, found 'abc'"),
 ])
 def test_bad_parameters_stop_before_anything_runs(experiment, tmp_path, parameters, message):
