@@ -45,7 +45,7 @@ CLAIMS = {c.number: c for c in (
           'mean held-out error over training at K=1, random - language', 'permuted language weights', .01, 'hopper score at K=1: GPT-2 81.3 +- 2.5, random -0.3 +- 0.1 (Table 2; 2 seeds, best of 40)'),
     Claim(6, 'A single pre-trained block is enough to help', 'Even one block of the language model in a random model makes it learn more efficiently.',
           'mean held-out error over training at K=1, random block - language block', 'a permuted block', .01, 'curves with one GPT-2 block fall faster (Fig. 9; one seed)'),
-    Claim(7, 'A way to use context, learned before, is kept', 'Pre-trained models already use context in a way that serves, and keep it; this may be a cause of their efficiency.',
+    Claim(7, 'Context is used before fine-tuning, and still after it', 'Pre-trained models already use context in a way that serves, and keep it; this may be a cause of their efficiency.',
           'how much the action depends on past steps before training that is still so after it, language - random', 'permuted language weights', .05, 'attention distance of GPT-2 changes less in fine-tuning (Fig. 10; one seed)'),
 )}
 

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'KINDS', 'SPANS', 'token_mask', 'summarise_attention', 'paper_attention', 'paper_distance',
-           'attention_distance', 'full_windows', 'change_past', 'context_use']
+           'attention_distance', 'full_windows', 'change_past', 'context_use', 'same_dependence']
 
 # %% ../../nbs/components/analysis_attention_distance.ipynb #cecc6652
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
+from scipy.stats import spearmanr
 
 from .activations import TOKEN_TYPES
 from ..backbones import attention_weights, blocks, record, site
@@ -157,10 +158,19 @@ def _last_actions(model, batch, chunk=256):
     return torch.cat([model(Batch(*p))[:, -1].float() for p in parts])
 
 # %% ../../nbs/components/analysis_attention_distance.ipynb #d735b965
-def _positions(lag, K, span):
-    "Where the steps are that a lag and a span ask for."
+def _checked(batch, lags, least):
+    "Windows without padding, and lags; 1 to K-1 by default."
+    batch = full_windows(batch); B, K = batch.timesteps.shape
+    lags = list(range(1, K) if lags is None else lags)
+    if B < 2 or not lags or not least <= min(lags) <= max(lags) < K:
+        raise InputError('windows and lags', f'at least 2 windows without padding, and lags from {least} to {K - 1}', f'{B} windows, {lags}')
+    return batch, lags
+
+def _exchanged(batch, lag, kind, span, seed):
+    "Windows in which the steps are changed that a lag and a span ask for."
+    K = batch.timesteps.shape[1]
     lags = dict(one=[lag], up_to=range(1, lag + 1), beyond=range(lag, K))[span]
-    return torch.tensor([K - 1 - l for l in lags])
+    return change_past(batch, torch.tensor([K - 1 - l for l in lags], device=batch.states.device), kind, seed)
 
 # %% ../../nbs/components/analysis_attention_distance.ipynb #7acc6413
 def context_use(
@@ -172,18 +182,32 @@ def context_use(
     seed: int = 0,
 ) -> pd.DataFrame:        # a row a lag: change (relative to the variance), error, error_change, windows
     "How much the predicted action depends on each past step."
-    batch = full_windows(batch); B, K = batch.timesteps.shape
     if kind not in KINDS or span not in SPANS or (kind, span) == ('shuffle', 'one'):
         raise InputError('kind and span', f'one of {", ".join(KINDS)} and of {", ".join(SPANS)}; a single step cannot be shuffled', (kind, span))
-    lags = list(range(1, K) if lags is None else lags)
-    if B < 2 or not lags or not (kind != 'other') <= min(lags) <= max(lags) < K:
-        raise InputError('windows and lags', f'at least 2 windows without padding, and lags from {int(kind != "other")} to {K - 1}', f'{B} windows, {lags}')
+    batch, lags = _checked(batch, lags, int(kind != 'other'))
     def measure(lag):
-        after = _last_actions(model, change_past(batch, _positions(lag, K, span).to(batch.states.device), kind, seed))
+        after = _last_actions(model, _exchanged(batch, lag, kind, span, seed))
         return dict(change=((after - before).square().mean() / variance).item(), error=(after - target).square().mean().item())
     with _evaluating(model):
         before, target = _last_actions(model, batch), batch.actions[:, -1]
         variance, error = before.var(0, correction=0).mean(), (before - target).square().mean().item()
         if not variance > 0: raise InputError('predicted actions', 'some variance over the windows', f'{variance.item():.2g}')
         table = pd.DataFrame([dict(kind=kind, span=span, lag=lag, **measure(lag)) for lag in lags])
-    return table.assign(error_change=table.error - error, windows=B)
+    return table.assign(error_change=table.error - error, windows=len(target))
+
+# %% ../../nbs/components/analysis_attention_distance.ipynb #5d1f7a31
+def same_dependence(
+    before, after,        # two models, as in `context_use`
+    batch: Batch,         # windows of recorded data; those with padding are left out
+    span: str = 'beyond', # as in `context_use`
+    lags=(1,),            # the whole past by default
+    seed: int = 0,
+) -> pd.DataFrame:        # a row a lag: `same`, the rank correlation (nan if a model's action never moves), and windows
+    "Whether two models' actions depend on the past in the same windows."
+    batch, lags = _checked(batch, lags, 0)
+    def moved(model, lag):
+        with _evaluating(model): return (_last_actions(model, _exchanged(batch, lag, 'other', span, seed)) - _last_actions(model, batch)).norm(dim=1).cpu()
+    def same(lag):
+        one, other = moved(before, lag), moved(after, lag)
+        return spearmanr(one, other).statistic if one.std() > 0 < other.std() else float('nan')
+    return pd.DataFrame([dict(span=span, lag=lag, same=same(lag), windows=len(batch.states)) for lag in lags])
