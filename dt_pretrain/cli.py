@@ -49,6 +49,8 @@ def _values(pairs):
     for pair in pairs:
         name, sep, text = pair.partition('=')
         if not (sep and name): raise InputError(f'--set {pair}', 'name=value', 'no name' if sep else 'no =')
+        if name in ('preset', 'task'): raise InputError(f'--set {pair}', f'any other value: it has the option --{name}', pair)
+        if name in values: raise InputError(f'--set {name}', 'one value', f'another one: {pair}')
         try: values[name] = tomllib.loads(f'x = {text}')['x']
         except tomllib.TOMLDecodeError: values[name] = None if text == 'None' else text
     return values
@@ -97,13 +99,14 @@ def _doctor(args):
     from importlib.metadata import PackageNotFoundError, version
     from dt_pretrain.collection import cache_folder
     from dt_pretrain.runs import find_runs, runs_folder
+    from dt_pretrain.sweeps import finished_runs
     def has(package):
         try: return version(package)
         except PackageNotFoundError: return 'not installed'
     datasets = sorted(p.name for p in (cache_folder() / 'datasets').glob('*') if p.is_dir() and not p.name.startswith('.'))
     facts = {'dt_pretrain': __version__, 'python': platform.python_version(), **{p: has(p) for p in ('torch', 'transformers', 'gymnasium', 'mujoco', 'minari', 'd4rl', 'nbdev', 'smalldocs', 'stable-baselines3', 'ray')},
              'device': torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads', 'quarto': shutil.which('quarto') or 'not on PATH; the site is rendered in Python',
-             'datasets': f'{", ".join(datasets) or "none"} in {cache_folder()}', 'runs': f'{len(find_runs(runs_folder()))} finished of {len(find_runs(runs_folder(), finished=False))} in {runs_folder()}'}
+             'datasets': f'{", ".join(datasets) or "none"} in {cache_folder()}', 'runs': f'{len(finished_runs(runs_folder()))} finished of {len(find_runs(runs_folder(), finished=False))} in {runs_folder()}'}
     for k, v in facts.items(): print(f'{k:18} {v}')
 
 # %% ../nbs/components/cli.ipynb #ac6e8ac2
@@ -120,7 +123,7 @@ def _parser():
     c.add_argument('--jobs', type=int, default=2, help='runs at a time (default: %(default)s)')
     c.add_argument('--no-site', action='store_true', help='execute the pages but do not render them')
     c = command('finetune', _finetune, 'one run: fine-tune a Decision Transformer'); preset(c); task(c)
-    c.add_argument('--set', nargs='*', default=[], metavar='name=value', help='any other value of the configuration, such as setup=paper context_length=1 seed=3')
+    c.add_argument('--set', nargs='*', action='extend', default=[], metavar='name=value', help='any other value of the configuration, such as setup=paper context_length=1 seed=3')
     c.add_argument('--runs-dir', help="where runs live (default: the project's runs/)")
     c.add_argument('--device', help='cpu or cuda (default: the GPU if there is one)')
     for name, func, help in (('sweep', _sweep, 'run a grid of runs, here or on a cluster; what is done is left out'), ('status', _status, 'say which runs of a sweep are done, trained but without their notebook, running, failed, stopped or to do')):

@@ -99,7 +99,7 @@ def collect(
 # %% ../nbs/components/collection.ipynb #b0e54278
 def cache_folder() -> Path:
     "Where collected data lie: `DT_PRETRAIN_CACHE`, else `.cache` at the top of the project, else the user's cache."
-    if os.environ.get('DT_PRETRAIN_CACHE'): return Path(os.environ['DT_PRETRAIN_CACHE'])
+    if os.environ.get('DT_PRETRAIN_CACHE'): return Path(os.environ['DT_PRETRAIN_CACHE']).resolve()
     return project_root() / '.cache' if (project_root() / 'settings.ini').is_file() else user_cache_path('dt_pretrain')
 
 # %% ../nbs/components/collection.ipynb #472b044b

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .runs import Run, read_table, runs_folder, whole_file
 from .setups import PRESETS, check_names, run_name
 from .statistics import t_interval
-from .sweeps import read_sweep
+from .sweeps import read_sweep, sweep_file
 from .tasks import InputError, project_root, task_names
 
 # %% ../nbs/components/findings.ipynb #06591914
@@ -74,7 +74,11 @@ def paired_difference(
     "How much higher one initialisation's numbers are than another's, seed by seed."
     missing = [x for x in (a, b) if x not in numbers.index.get_level_values(0)]
     if missing: raise InputError('numbers of initialisations', f'{a} and {b}', f'none of {", ".join(missing)}')
-    d = (numbers[a] - numbers[b]).dropna().to_numpy()
+    one, other = numbers[a], numbers[b]
+    for name, x in ((a, one), (b, other)):
+        if x.index.has_duplicates or x.isna().any(): raise InputError(f'numbers of {name}', 'one a seed, none of them missing', x.to_dict() if x.index.is_unique else f'several of seed {x.index[x.index.duplicated()][0]}')
+    both = one.index.intersection(other.index)
+    d = (one[both] - other[both]).to_numpy()
     if not len(d): raise InputError(f'seeds of {a} and {b}', 'at least one in common', 'none')
     i = t_interval(d)
     return float(i.estimate), float(i.low), float(i.high), i.n
@@ -91,7 +95,7 @@ def runs_of(
     "The runs that a sweep file asks for; raises InputError if some are not finished, or if none is like that."
     check_names(only)
     folder = Path(runs_dir) if runs_dir else runs_folder()
-    if '.' not in str(sweep): sweep = project_root() / 'nbs' / 'experiments' / 'sweeps' / f'{sweep}.toml'
+    sweep = sweep_file(sweep)
     runs = [Run(folder / c.task / run_name(c)) for c in read_sweep(sweep, preset, seeds, task=task) if all(getattr(c, k) == v for k, v in only.items())]
     if not runs: raise InputError(f'runs of {Path(sweep).name} with {only}', 'some', 'none')
     missing = [r for r in runs if r.status != 'finished']
@@ -138,7 +142,8 @@ def measured(
         path = run.path / 'analysis' / f'{function.__name__}-{_fingerprint(function, arguments, run)}.parquet'
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            with whole_file(path) as tmp: function(run, **arguments).to_parquet(tmp)
+            table = function(run, **arguments)
+            with whole_file(path) as tmp: table.to_parquet(tmp)
         c = run.config
         tables.append(read_table(path).assign(task=c.task, initialisation=c.initialisation, setup=c.setup, context_length=c.context_length, seed=c.seed))
     return pd.concat(tables, ignore_index=True)

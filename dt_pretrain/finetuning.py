@@ -244,12 +244,13 @@ def finetune(
         last = None if run.last_epoch is None else trainer.restore(run)
         seconds = lambda: before + time.time() - start
         run.note(status='running', error=None, starts=run.manifest.get('starts', 0) + 1, environment=environment(device), backbone=about, data=repr(trainer.train_data), data_return=float(trainer.train_data.returns.mean()))
+        (run.path / 'error.txt').unlink(missing_ok=True)   # of an earlier attempt
         trainer.hold = sigterm.hold
         with tqdm(total=config.epochs * config.steps_per_epoch, initial=trainer.step, desc=run.path.name, unit='step', disable=not progress) as bar:
             try:
                 for epoch in range(0 if last is None else last + 1, goal + 1): _epoch(run, trainer, epoch, bar, seconds)
             except Preempted: _stop(run, trainer, seconds)
-            except (FloatingPointError, OSError) as e:
+            except (FloatingPointError, OSError, RuntimeError) as e:   # torch's errors, such as too little memory, are RuntimeErrors
                 with suppress(OSError): run.note(status='failed', error=str(e))
                 raise
     return run

@@ -37,7 +37,7 @@ from .rollouts import rollout
 from .runs import Run, read_table, run_folder, whole_file
 from .setups import FinetuneConfig, make_config, run_name, windows_per_step
 from .tasks import InputError, project_root, task_names
-from .trajectories import Batch, ContextSampler
+from .trajectories import ContextSampler
 
 # %% ../nbs/components/full_scale.ipynb #ced475ad
 def kept_folder() -> Path:
@@ -88,8 +88,7 @@ def _of_both(run, epoch, device, measure):
 
 def _shown(run, n, device, held_out=False):
     "The windows that all models are shown."
-    batch = analysis_batch(run, n, run.config.context_length, held_out=held_out)
-    return Batch(*(x.to(device or default_device()) for x in vars(batch).values()))
+    return analysis_batch(run, n, run.config.context_length, held_out=held_out).to(device or default_device())
 
 # %% ../nbs/components/full_scale.ipynb #e879f606
 def measure_representations(

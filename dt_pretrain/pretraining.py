@@ -2,10 +2,12 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'Corpus', 'baseline_bits', 'docstrings', 'unique_lines', 'language_corpus', 'image_patches', 'image_corpus',
-           'transition_table', 'synthetic_corpus', 'new_model', 'bits', 'held_out_bits', 'pretrain', 'save_pretrained']
+           'transition_table', 'synthetic_corpus', 'new_model', 'bits', 'held_out_bits', 'pretrain', 'check_folder',
+           'save_pretrained']
 
 # %% ../nbs/components/pretraining.ipynb #e058cb92
 import ast, hashlib, importlib.util, json, math, shutil, tempfile
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -230,20 +232,29 @@ def _update(model, tokens, optimizer, schedule):
     return loss.detach()
 
 # %% ../nbs/components/pretraining.ipynb #8b58410c
+def check_folder(
+    folder: Path,   # for a model
+    corpus: str,    # the corpus' name
+) -> Path:
+    "Raise InputError unless a model can be written there: a new folder, or one of a model of the same corpus."
+    folder = Path(folder); card = folder / 'card.json'
+    if folder.exists() and not card.is_file(): raise InputError(str(folder), 'a new folder, or one of a model that was trained here', 'another one')
+    if card.is_file() and (named := json.loads(card.read_text())['corpus']) != corpus: raise InputError(str(folder), f'a model of the corpus {corpus}, to be replaced', f'one of {named}')
+    try: folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise InputError(str(folder.parent), 'a folder to write to', e) from e
+    return folder
+
 def save_pretrained(
     model,
     corpus: Corpus,
     curve: list[dict],   # from `pretrain`
-    folder: Path,        # must not exist, unless with a card of the same corpus' name
+    folder: Path,        # as for `check_folder`
     **about,             # more for the card: seed, learning rate
 ) -> dict:               # the card
     "Write weights and card."
-    folder = Path(folder)
-    if folder.exists() and not (folder / 'card.json').is_file(): raise InputError(str(folder), 'a new folder, or one of a model that was trained here', 'another one')
-    model = model.to(torch.bfloat16)
+    folder, model = check_folder(folder, corpus.name), deepcopy(model).to(torch.bfloat16)
     card = dict(corpus=corpus.name, **corpus.about, held_out_sha256=corpus.fingerprint, architecture=model.config.model_type, parameters=model.num_parameters(), steps=curve[-1]['step'], tokens=curve[-1]['tokens'], kept_step=min(curve[1:], key=lambda c: c['held_out'])['step'],
                 held_out_bits=dict(model=held_out_bits(model, corpus), **baseline_bits(corpus)), **about, versions={p: version(p) for p in ('torch', 'transformers')}, curve=curve)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.' + folder.name))
     model.save_pretrained(tmp); (tmp / 'card.json').write_text(json.dumps(card, indent=1))
     for f in (tmp, *tmp.iterdir()): f.chmod(0o755 if f.is_dir() else 0o644)

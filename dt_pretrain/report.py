@@ -138,22 +138,24 @@ def table_of_runs(
 # %% ../nbs/components/report.ipynb #2b5051e4
 def execute_pages(
     nbs: Path,
-    out: Path,         # receives the executed pages and their results
+    out: Path,         # receives the executed pages and their results, when all of them are there
     parameters: dict,  # preset, task, seeds, runs_dir
     say=print,
 ) -> dict[str, float]:  # seconds by page
     "Execute all findings pages, then home and the table of runs."
-    shutil.rmtree(out, ignore_errors=True)
-    results, seconds = str(out / 'findings' / 'results'), {}
+    new = out.with_name('unfinished')   # with the page that failed, if one does
+    shutil.rmtree(new, ignore_errors=True)
+    results, seconds = str(new / 'findings' / 'results'), {}
     pages = {page.relative_to(nbs): {**parameters, 'results_dir': results} for page in sorted((nbs / 'findings').glob('*.ipynb'))}
     pages |= {Path('index.ipynb'): {'results_dir': results}, Path('experiments/runs.ipynb'): {'runs_dir': parameters['runs_dir']}}
     for i, (page, values) in enumerate(pages.items(), 1):
         if not (nbs / page).exists(): continue
         start = time.time()
-        execute_page(nbs / page, out / page, values)
+        execute_page(nbs / page, new / page, values)
         seconds[str(page)] = time.time() - start
         say(f'executed {page} in {seconds[str(page)]:.0f} s, {i} of {len(pages)}')
-    publish_runs(parameters['runs_dir'], out / 'runs')
+    publish_runs(parameters['runs_dir'], new / 'runs')
+    shutil.rmtree(out, ignore_errors=True); new.rename(out)
     return seconds
 
 # %% ../nbs/components/report.ipynb #0ac27e0a
@@ -235,7 +237,8 @@ def keep(say=print):
     from execnb.nbio import read_nb
     top = checkout()
     out = top / '_report' / 'pages'
-    if not out.is_dir(): raise InputError(str(out), 'executed pages, made by `make report`', 'none')
+    missing = [name for name in ('index.ipynb', 'findings/results') if not (out / name).exists()]
+    if missing: raise InputError(str(out), 'executed pages, made by `make report`', f'no {missing[0]}')
     for page in [*sorted((out / 'findings').glob('*.ipynb')), *out.glob('index.ipynb')]:
         _keep_page(read_nb(page), top / 'nbs' / page.relative_to(out)); say(f'kept {page.relative_to(out)}')
     shutil.copytree(out / 'findings' / 'results', top / 'nbs' / 'findings' / 'results', dirs_exist_ok=True)

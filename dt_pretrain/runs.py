@@ -318,10 +318,11 @@ def _locked(run, seconds):
 
 @patch
 def in_use(self: Run) -> bool:
-    "Whether a process works on the run. On another machine that is seen only through a file system that shares locks."
+    "Whether a process works on the run. On another machine that is seen only through a file system that shares locks, and not in a folder that we may not write to."
     try:
         if (self.path / '.lock').exists(): FileLock(self.path / '.lock', timeout=0).acquire().lock.release()
     except Timeout: return True
+    except PermissionError: pass
     return False
 
 # %% ../nbs/components/runs.ipynb #94943120
@@ -363,7 +364,7 @@ def open_run(
 # %% ../nbs/components/runs.ipynb #60c38a23
 def runs_folder() -> Path:
     "Where runs live when nothing else is said."
-    return Path(os.environ.get('DT_PRETRAIN_RUNS') or project_root() / 'runs')
+    return Path(os.environ.get('DT_PRETRAIN_RUNS') or project_root() / 'runs').resolve()
 
 # %% ../nbs/components/runs.ipynb #4b3990c2
 def find_runs(

@@ -329,7 +329,8 @@ def run_sweep(
     "Execute a notebook for every run that is not done."
     if stride is not None and stride < 1: raise InputError('stride', 'at least 1 epoch', stride)
     if notebook is None and getattr(engine, 'needs_notebook', True): raise InputError('notebook', 'the notebook that makes a run', None)
-    engine, every, failed = engine or local(jobs), [Job(c, notebook, runs_dir) for c in configs], {}
+    every = [Job(c, notebook, runs_dir, Path.cwd()) for c in configs]   # in this folder, so that a relative path means the same as without notebooks
+    engine, failed = engine or local(jobs), {}
     todo = sorted((j for j in every if not j.done), key=lambda j: operations(j.config), reverse=True)
     if not todo: return [j.run for j in every]
     with Sigterm() as sigterm, tqdm(total=sum(j.config.epochs * j.config.steps_per_epoch for j in todo), unit='step', disable=not progress) as bar:
@@ -346,7 +347,7 @@ def time_limit(
     minutes: float | None,  # none: no limit
 ):
     "Inside of `Sigterm`: end the block after so long, as if by SIGTERM."
-    if minutes is not None and not minutes > 0: raise InputError('minutes', 'above 0', minutes)
+    if minutes is not None and not 0 < 60 * minutes <= threading.TIMEOUT_MAX: raise InputError('minutes', f'above 0, and at most {threading.TIMEOUT_MAX / 60:.0f}', minutes)
     over = threading.Event()
     def end(): over.set(); os.kill(os.getpid(), signal.SIGTERM)
     timer = threading.Timer(60 * (minutes or 0), end); timer.daemon = True

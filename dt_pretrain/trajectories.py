@@ -130,7 +130,7 @@ class Batch:
 
     def to(self, device) -> 'Batch':
         "The same batch on another device."
-        return Batch(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
 
 # %% ../nbs/components/trajectories.ipynb #d11fef31
 class ContextSampler:
@@ -292,7 +292,7 @@ def write_minari(
     "Write a Minari dataset; it appears only when it is complete."
     import os, tempfile, warnings, minari
     from minari.data_collector import EpisodeBuffer
-    path = Path(path)
+    path = Path(path).resolve()
     if path.exists(): raise InputError(str(path), 'a new folder', 'one that exists')
     final = np.zeros((len(data), data.task.state_dim), np.float32) if final_observations is None else final_observations
     ended = data.episode_length < data.task.max_steps if terminated is None else terminated

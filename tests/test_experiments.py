@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_kept_full_scale_results_belong_together():
 @pytest.mark.timeout(1500)
 def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
     "What `make report` promises: all runs, all pages, the site."
-    from dt_pretrain.report import all_runs, keep, report
+    from dt_pretrain.report import all_runs, execute_pages, keep, report
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("DT_PRETRAIN_RUNS", str(tmp_path / "runs"))
     front = report("smoke", jobs=2, say=lambda *_: None)
@@ -192,3 +193,11 @@ def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
     before = {p: p.read_text() for p in (checkout / "nbs").rglob("*.ipynb")}
     subprocess.run([Path(sys.executable).with_name("nbdev_clean")], check=True, cwd=checkout)
     assert [p.name for p in before if p.read_text() != before[p]] == []
+    shutil.rmtree(tmp_path / "runs")                       # a report that fails keeps the last one, and says where its failed page is
+    pages = {p: p.read_text() for p in (checkout / "_report/pages").rglob("*.ipynb")}
+    with pytest.raises(RuntimeError, match="unfinished/findings/0_sanity.failed.ipynb"):
+        execute_pages(checkout / "nbs", checkout / "_report/pages", dict(preset="smoke", task="hopper-medium", seeds=None, runs_dir=str(tmp_path / "runs")))
+    assert pages and {p: p.read_text() for p in pages} == pages
+    shutil.rmtree(checkout / "_report/pages/findings/results")
+    with pytest.raises(InputError, match="no findings/results"):
+        keep()

@@ -494,6 +494,8 @@ MALFORMED = {
     "a setup that nobody knows": (FINETUNE + ["setup=fair"], "setup: expected one of paper, controlled, found 'fair'"),
     "a value without a name": (FINETUNE + ["=3"], "--set =3: expected name=value"),
     "a name without a value": (FINETUNE + ["epochs"], "--set epochs: expected name=value, found no ="),
+    "a value given twice": (FINETUNE + ["seed=1", "epochs=2", "--set", "seed=2"], "--set seed: expected one value, found another one: seed=2"),
+    "a preset among the values": (FINETUNE + ["preset=mini"], "--set preset=mini: expected any other value: it has the option --preset"),
     "a misspelt name": (FINETUNE + ["sead=3"], "'sead': expected one like 'seed', found an unknown name"),
     "an infinite learning rate": (FINETUNE + ["learning_rate=inf"], "learning_rate: expected at least 0, found inf"),
     "a learning rate that is not a number": (FINETUNE + ["learning_rate=nan"], "learning_rate: expected at least 0, found nan"),

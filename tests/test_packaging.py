@@ -9,22 +9,19 @@ from importlib.metadata import distributions, version
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 @pytest.fixture
 def pins(top):
     lines = (top / "constraints.txt").read_text().split()
     assert all(re.fullmatch(r"[\w.-]+==[\w.!+-]+", line) for line in lines)
-    return {canonical(n): v for n, v in (line.split("==") for line in lines)}
-
-
-def canonical(name):
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return {canonicalize_name(n): v for n, v in (line.split("==") for line in lines)}
 
 
 def test_every_installed_package_is_pinned(pins):
     site_packages = sysconfig.get_path("purelib")   # not what setuptools carries inside itself
-    installed = {canonical(d.name): d.version.split("+")[0] for d in distributions(path=[site_packages])}
+    installed = {canonicalize_name(d.name): d.version.split("+")[0] for d in distributions(path=[site_packages])}
     assert "torch" in installed
     tools = {"pip", "setuptools", "wheel", "dt-pretrain"}
     assert {n: v for n, v in installed.items() if n not in tools and pins.get(n) != v and not n.startswith(("nvidia", "triton", "cuda"))} == {}
@@ -37,7 +34,7 @@ def test_pins_satisfy_the_requirements(top, pins):
     for key in settings:
         if key.endswith("requirements"):
             for r in map(Requirement, settings[key].split()):
-                assert r.specifier.contains(pins[canonical(r.name)]), (key, r)
+                assert r.specifier.contains(pins[canonicalize_name(r.name)]), (key, r)
 
 
 def test_versions_agree(top):

@@ -147,6 +147,8 @@ def test_status_and_plan(sweep, tmp_path, cli, capsys):
     assert "no luck" in said and "1 runs alike" in said and "hours to go" in said
     assert main(["status", str(path), "--preset", "smoke", "--runs-dir", str(tmp_path / "runs")]) == 0
     assert "3 runs: " in capsys.readouterr().out
+    finetune(configs[1], tmp_path / "runs", progress=False)
+    assert sweep_status(configs[1:], tmp_path / "runs").state.to_list() == ["trained", "to do"]   # the error was of another attempt
 
 
 def test_an_estimate_survives_a_damaged_neighbour(sweep, tmp_path):

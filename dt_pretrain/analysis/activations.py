@@ -90,7 +90,7 @@ def activations(
     try:
         model.eval()
         for lo in range(0, n, chunk):
-            piece = Batch(*(None if x is None else x.to(device) for x in vars(take(batch, slice(lo, lo + chunk))).values()))
+            piece = take(batch, slice(lo, lo + chunk)).to(device)
             with record_stream(model.backbone, sites) as seen: model(piece)
             parts.append(_by_type(seen, step))
     finally: model.train(was)

@@ -34,7 +34,7 @@ def backward_passes(
         try:
             model.train(training)
             for b in batches:
-                b = Batch(*(None if x is None else x.to(device) for x in vars(b).values()))
+                b = b.to(device)
                 kept.append(keep(dict(zip(named, torch.autograd.grad(action_error(model(b), b), list(named.values()))))))
         finally: model.train(was)
     return kept
