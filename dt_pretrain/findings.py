@@ -223,6 +223,7 @@ def conclude(
     verdict = judge(effect[:3], beyond[:3], claim.smallest, seeds, preset)
     write_result(results_dir or results_folder(), number=number, claim=claim.title, verdict=verdict, effect=effect[0], interval=list(effect[1:3]), effect_unit=claim.effect, beyond=list(beyond[:3]),
                  seeds=seeds, preset=preset, task=task, published=claim.published, paper_protocol=paper_protocol, summary=summary)
-    small = ' It is there, but smaller than what we said would matter.' if verdict == 'supported' and effect[0] < claim.smallest else ''
+    what = 'it' if effect[0] < claim.smallest else 'what is left of it beyond the control' if beyond[0] < claim.smallest else ''
+    small = f' It is there, but {what} is smaller than what we said would matter.' if verdict == 'supported' and what else ''
     return (f'::: {{.verdict .{verdict.replace(" ", "-")}}}\n**{verdict.capitalize()}: {claim.title[0].lower() + claim.title[1:]}.** {summary}\n\n'
             f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {seeds} seeds, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}\n:::')

@@ -244,6 +244,7 @@ def check_folder(
     except OSError as e: raise InputError(str(folder.parent), 'a folder to write to', e) from e
     return folder
 
+# %% ../nbs/components/pretraining.ipynb #5d1f7d01
 def save_pretrained(
     model,
     corpus: Corpus,

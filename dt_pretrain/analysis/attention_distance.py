@@ -166,6 +166,7 @@ def _checked(batch, lags, least):
         raise InputError('windows and lags', f'at least 2 windows without padding, and lags from {least} to {K - 1}', f'{B} windows, {lags}')
     return batch, lags
 
+# %% ../../nbs/components/analysis_attention_distance.ipynb #5d1f7d02
 def _exchanged(batch, lag, kind, span, seed):
     "Windows in which the steps are changed that a lag and a span ask for."
     K = batch.timesteps.shape[1]
