@@ -76,7 +76,8 @@ def paired_difference(
     if missing: raise InputError('numbers of initialisations', f'{a} and {b}', f'none of {", ".join(missing)}')
     one, other = numbers[a], numbers[b]
     for name, x in ((a, one), (b, other)):
-        if x.index.has_duplicates or x.isna().any(): raise InputError(f'numbers of {name}', 'one a seed, none of them missing', x.to_dict() if x.index.is_unique else f'several of seed {x.index[x.index.duplicated()][0]}')
+        if x.index.has_duplicates: raise InputError(f'numbers of {name}', 'one a seed', f'several of seed {x.index[x.index.duplicated()][0]}')
+        if x.isna().any(): raise InputError(f'numbers of {name}', 'a number for each seed', f'none for seed {x.index[x.isna()][0]}')
     both = one.index.intersection(other.index)
     d = (one[both] - other[both]).to_numpy()
     if not len(d): raise InputError(f'seeds of {a} and {b}', 'at least one in common', 'none')

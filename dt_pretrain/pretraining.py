@@ -236,10 +236,10 @@ def check_folder(
     folder: Path,   # for a model
     corpus: str,    # the corpus' name
 ) -> Path:
-    "Raise InputError unless a model can be written there: a new folder, or one of a model of the same corpus."
+    "Raise InputError unless a model can be written there: a new folder, whose parent is made, or one of a model of the same corpus."
     folder = Path(folder); card = folder / 'card.json'
     if folder.exists() and not card.is_file(): raise InputError(str(folder), 'a new folder, or one of a model that was trained here', 'another one')
-    if card.is_file() and (named := json.loads(card.read_text())['corpus']) != corpus: raise InputError(str(folder), f'a model of the corpus {corpus}, to be replaced', f'one of {named}')
+    if card.is_file() and (named := json.loads(card.read_text()).get('corpus')) != corpus: raise InputError(str(folder), f'a model of the corpus {corpus}, to be replaced', f'one of {named}')
     try: folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(str(folder.parent), 'a folder to write to', e) from e
     return folder

@@ -79,6 +79,18 @@ def test_gradient_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
         finetune(make_config("smoke", seed=7), tmp_path, progress=False)
 
 
+def test_too_little_memory_is_noted(tmp_path, monkeypatch):
+    from dt_pretrain.finetuning import Trainer
+
+    def too_large(self):
+        return torch.empty(2**60)
+    monkeypatch.setattr(Trainer, "train_step", too_large)
+    with pytest.raises(RuntimeError, match="memory"):
+        finetune(make_config("smoke", seed=7), tmp_path, progress=False)
+    (run,) = find_runs(tmp_path, finished=False)
+    assert run.status == "failed" and "memory" in run.manifest["error"]
+
+
 def test_after_a_loss_that_is_not_a_number_the_last_epoch_is_whole(tmp_path, monkeypatch, left_alone):
     step = Trainer.train_step
     with monkeypatch.context() as m, pytest.raises(FloatingPointError, match="loss nan .* at step 31"):

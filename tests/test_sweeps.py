@@ -10,10 +10,12 @@ import pytest
 from soak import processes
 
 from dt_pretrain.cli import main
-from dt_pretrain.collection import collected
-from dt_pretrain.runs import find_runs
+from dt_pretrain.collection import collected, load_trajectories
+from dt_pretrain.runs import find_runs, runs_folder
+from dt_pretrain.setups import make_config
 from dt_pretrain.sweeps import Job, estimates, finished_runs, here, local, on_ray, read_sweep, run_sweep, sweep_status
 from dt_pretrain.tasks import InputError
+from dt_pretrain.trajectories import write_minari
 
 SWEEP = """
 [[runs]]
@@ -151,12 +153,24 @@ def test_status_and_plan(sweep, tmp_path, cli, capsys):
     assert sweep_status(configs[1:], tmp_path / "runs").state.to_list() == ["trained", "to do"]   # the error was of another attempt
 
 
-def test_an_estimate_survives_a_damaged_neighbour(sweep, tmp_path):
+def test_a_relative_path_means_the_same_with_and_without_notebooks(tmp_path, notebook, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_minari(load_trajectories("hopper-medium", n_steps=3000), "data")
+    monkeypatch.setenv("DT_PRETRAIN_RUNS", "here")
+    configs = [make_config("smoke", source="minari", path="data", seed=s) for s in (0, 1)]
+    (a,) = run_sweep(configs[:1], notebook, "runs", jobs=1, progress=False)
+    (b,) = run_sweep(configs[1:], None, runs_folder(), progress=False, engine=here("cpu", progress=False))
+    assert (a.status, b.status) == ("finished", "finished") and b.path.is_relative_to(tmp_path / "here")
+
+
+def test_an_estimate_survives_a_damaged_neighbour(sweep, tmp_path, monkeypatch, capsys):
     _, configs = sweep()
     (tmp_path / "hopper-medium/broken").mkdir(parents=True)
     for name in ("config.json", "manifest.json"):
         (tmp_path / "hopper-medium/broken" / name).write_text("{")
     assert finished_runs(tmp_path) == [] and len(estimates(configs, [])) == 2
+    monkeypatch.setenv("DT_PRETRAIN_RUNS", str(tmp_path))
+    assert main(["doctor"]) == 0 and "0 finished of 1" in capsys.readouterr().out
 
 
 ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra 'cluster' is not installed")

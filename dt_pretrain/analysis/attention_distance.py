@@ -158,9 +158,11 @@ def _last_actions(model, batch, chunk=256):
     return torch.cat([model(Batch(*p))[:, -1].float() for p in parts])
 
 # %% ../../nbs/components/analysis_attention_distance.ipynb #d735b965
-def _checked(batch, lags, least):
+def _checked(batch, kind, span, lags):
     "Windows without padding, and lags; 1 to K-1 by default."
-    batch = full_windows(batch); B, K = batch.timesteps.shape
+    if kind not in KINDS or span not in SPANS or (kind, span) == ('shuffle', 'one'):
+        raise InputError('kind and span', f'one of {", ".join(KINDS)} and of {", ".join(SPANS)}; a single step cannot be shuffled', (kind, span))
+    batch, least = full_windows(batch), int(kind != 'other'); B, K = batch.timesteps.shape
     lags = list(range(1, K) if lags is None else lags)
     if B < 2 or not lags or not least <= min(lags) <= max(lags) < K:
         raise InputError('windows and lags', f'at least 2 windows without padding, and lags from {least} to {K - 1}', f'{B} windows, {lags}')
@@ -183,9 +185,7 @@ def context_use(
     seed: int = 0,
 ) -> pd.DataFrame:        # a row a lag: change (relative to the variance), error, error_change, windows
     "How much the predicted action depends on each past step."
-    if kind not in KINDS or span not in SPANS or (kind, span) == ('shuffle', 'one'):
-        raise InputError('kind and span', f'one of {", ".join(KINDS)} and of {", ".join(SPANS)}; a single step cannot be shuffled', (kind, span))
-    batch, lags = _checked(batch, lags, int(kind != 'other'))
+    batch, lags = _checked(batch, kind, span, lags)
     def measure(lag):
         after = _last_actions(model, _exchanged(batch, lag, kind, span, seed))
         return dict(change=((after - before).square().mean() / variance).item(), error=(after - target).square().mean().item())
@@ -205,7 +205,7 @@ def same_dependence(
     seed: int = 0,
 ) -> pd.DataFrame:        # a row a lag: `same`, the rank correlation (nan if a model's action never moves), and windows
     "Whether two models' actions depend on the past in the same windows."
-    batch, lags = _checked(batch, lags, 0)
+    batch, lags = _checked(batch, 'other', span, lags)
     def moved(model, lag):
         with _evaluating(model): return (_last_actions(model, _exchanged(batch, lag, 'other', span, seed)) - _last_actions(model, batch)).norm(dim=1).cpu()
     def same(lag):
