@@ -26,7 +26,7 @@ class Policy:
         task: Task,
     ):
         expected = {f'{n}.{k}' for n in ('l0', 'l1', 'mu', 'ls') for k in 'wb'}
-        try: self.w = load_file(path)
+        try: self.w = {n: w.astype(np.float64) for n, w in load_file(path).items()}
         except (SafetensorError, OSError) as e: raise InputError(str(path), 'a complete safetensors file', e) from e
         if set(self.w) != expected: raise InputError(str(path), f'tensors {sorted(expected)}', sorted(self.w))
         shape, found = (task.state_dim, task.action_dim), (self.w['l0.w'].shape[0], self.w['mu.w'].shape[1])
