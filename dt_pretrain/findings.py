@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of', 'measured', 'check_result', 'results_folder',
-           'write_result', 'read_results', 'spell', 'conclude']
+           'write_result', 'read_results', 'earlier_results', 'spell', 'conclude']
 
 # %% ../nbs/components/findings.ipynb #5127add6
 import dis, hashlib, inspect, json, math
@@ -195,6 +195,15 @@ def read_results(
         except (OSError, ValueError) as e: raise InputError(str(path), 'complete JSON', e) from e
         check_result(results[-1], str(path))
     return results
+
+# %% ../nbs/components/findings.ipynb #7f2ad0c2
+def earlier_results(
+    result: dict,                      # of a report
+    folder: str | Path | None = None,  # one with a folder of results for each earlier report, named so that they sort by age; the project's by default
+) -> list[dict]:  # theirs of the same finding, effect, preset and task, the oldest first
+    "What earlier reports found by the same measure."
+    reports = sorted(p for p in Path(folder or results_folder() / 'earlier').iterdir() if p.is_dir())
+    return [r for report in reports for r in read_results(report) if all(r[k] == result[k] for k in ('number', 'effect_unit', 'preset', 'task'))]
 
 # %% ../nbs/components/findings.ipynb #0b55987d
 def spell(

@@ -32,7 +32,7 @@ from .analysis.parameter_change import parameter_change
 from .backbones import mixed_precision
 from .decision_transformer import head_statistics
 from .findings import CLAIMS, judge, paired_difference, spell
-from .finetuning import default_device, finetune, load_data, load_model
+from .finetuning import check_data, default_device, finetune, load_data, load_model
 from .rollouts import rollout
 from .runs import Run, read_table, run_folder, whole_file
 from .setups import FinetuneConfig, make_config, run_name, windows_per_step
@@ -58,7 +58,7 @@ def measure_head(
     device: str | None = None,  # the GPU by default if there is one
 ) -> pd.DataFrame:        # a row a checkpoint
     "What saturates the head, before training and after an epoch."
-    (train, held), device = load_data(run.config, progress=False), device or default_device()
+    (train, held), device = load_data(run, progress=False), device or default_device()
     batch, rows = ContextSampler(held, run.config.context_length, -(-steps // run.config.context_length), seed=0, stats=train, device=device).sample(), []
     for e in sorted({0, epoch}):
         with mixed_precision(device, run.config.precision == 'bfloat16'): rows.append(dict(run=run.path.name, epoch=e, **head_statistics(load_model(run, e).to(device), batch)))
@@ -72,7 +72,7 @@ def play(
     device: str | None = None,  # the GPU by default if there is one
 ) -> pd.DataFrame:  # one row: the run, the epoch, target return, and the `returns` of all episodes
     "Returns of many episodes with the weights of an epoch."
-    c, (train, _) = run.config, load_data(run.config, progress=False)
+    c, (train, _) = run.config, load_data(run, progress=False)
     d = rollout(load_model(run, epoch).to(device or default_device()), c.target_returns[0], train.state_mean, train.state_std, c.context_length, episodes, seed=2_000_000 + 10_000 * c.seed, bfloat16=c.precision == 'bfloat16', max_steps=c.eval_max_steps)
     return pd.DataFrame([dict(run=run.path.name, epoch=epoch, target_return=c.target_returns[0], return_mean=d['return'].mean(), return_sd=d['return'].std(), score_mean=d.score.mean(), returns=d['return'].tolist())])
 
@@ -175,7 +175,7 @@ def measure_probe(
     device: str | None = None,  # the GPU by default if there is one
 ) -> pd.DataFrame:              # a row a block (-1: the embeddings), model (`when`) and what it is `about`: `r2`
     "How much of the last state (X) or action (Y) a linear map reads off each block's output at the last state token."
-    there = int((load_data(run.config, progress=False)[1].episode_length - run.config.context_length + 1).clip(0).sum())
+    there = int((load_data(run, progress=False)[1].episode_length - run.config.context_length + 1).clip(0).sum())
     batches = [_shown(run, windows, device), _shown(run, min(windows // 2, there), device, held_out=True)]
     about = {a: [getattr(b, name)[:, -1].double().cpu().numpy() for b in batches] for a, name in (('X', 'states'), ('Y', 'actions'))}
     def of(model):
@@ -264,11 +264,13 @@ def _add_manifests(path, new):
 def _facts(run, epoch):
     "Metrics up to an epoch, and what a constant guess has."
     c = run.config
-    return run.metrics.query('epoch <= @epoch').assign(constant_error=_constant(c.task, c.source, c.path, c.n_steps, c.held_out))
+    constant, train = _constant(c.task, c.source, c.path, c.n_steps, c.held_out); check_data(run, train)
+    return run.metrics.query('epoch <= @epoch').assign(constant_error=constant)
 
 @lru_cache
 def _constant(task, source, path, n_steps, held_out):
-    return constant_error(make_config('mini', task=task, source=source, path=path, n_steps=n_steps, held_out=held_out))
+    config = make_config('mini', task=task, source=source, path=path, n_steps=n_steps, held_out=held_out)
+    return constant_error(config), load_data(config, progress=False)[0]
 
 # %% ../nbs/components/full_scale.ipynb #26e37622
 def train_and_keep(

@@ -38,7 +38,7 @@ def analysis_batch(
     held_out: bool = False,      # of a run: data that it has not seen
 ) -> Batch:                      # the same for every run of a task with the same data
     "The windows that all models are shown."
-    if isinstance(source, Run): train, other = load_data(source.config, progress=False)
+    if isinstance(source, Run): train, other = load_data(source, progress=False)
     elif held_out: raise InputError('held_out', 'False for trajectories: only a run knows what it has not seen', held_out)
     else: train = other = source
     sampler = ContextSampler(other if held_out else train, context_length, 1, seed, stats=train, pad_raw_states=padding)
