@@ -6,9 +6,9 @@ __all__ = ['DONORS', 'SQUARE', 'SMOLLM2_ARMS', 'LEADS', 'kept_folder', 'constant
            'linear_r2', 'measure_probe', 'inside', 'with_kept', 'kept_at', 'set_aside', 'keep_runs', 'train_and_keep',
            'add_kept', 'arm_of', 'product_format', 'two_collections', 'conditions_of', 'read_kept', 'kept_tasks',
            'compared', 'advantage', 'full_scale_verdict', 'catching_up', 'tasks_compared', 'blocks_compared',
-           'size_effects', 'made_twice', 'spell_advantage', 'after_start_text', 'size_sentence', 'context_sentence',
-           'when_reached', 'catching_up_sentence', 'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text',
-           'blocks_text']
+           'size_effects', 'made_twice', 'spell_advantage', 'after_start_text', 'better_text', 'size_sentence',
+           'context_sentence', 'when_reached', 'catching_up_sentence', 'inside_by_run', 'lead', 'lead_text',
+           'gradients_text', 'past_text', 'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -397,7 +397,7 @@ def full_scale_verdict(
     metrics: pd.DataFrame,
     head: str,
     least: int = 600,  # updates that a run must have to count
-) -> dict:             # `verdict`, `effect`, `beyond`, `seeds`, `updates`, `errors` by arm at the end, `constant`: error of a constant guess, `products`: as from `conditions_of`; `after_start`: `verdict`, `effect` and `beyond` without the error before any training
+) -> dict:             # `verdict`, `effect`, `beyond`, `seeds`, `updates`, `errors` by arm at the end, `better`: by arm, how many runs end better than a constant guess, `constant`: error of a constant guess, `products`: as from `conditions_of`; `after_start`: `verdict`, `effect` and `beyond` without the error before any training
     "Finding 5's verdict on large runs."
     arms = ['language', 'random', 'language-permuted']
     runs = compared(metrics, head, arms, least); errors = runs.groupby('arm').error.mean()
@@ -407,7 +407,8 @@ def full_scale_verdict(
         effect, beyond = (paired_difference(areas, other, 'language') for other in arms[1:])
         verdict = judge(effect[:3], beyond[:3], CLAIMS[5].smallest, effect[3], 'paper')
         return dict(verdict='inconclusive' if verdict == 'supported' and not errors['language'] < constant else verdict, effect=effect, beyond=beyond)
-    return judged(0) | dict(after_start=judged(1), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), errors=errors[arms].to_dict(), constant=constant, products=conditions_of(runs, arms))
+    better = (runs.error < constant).groupby(runs.arm).sum()
+    return judged(0) | dict(after_start=judged(1), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), errors=errors[arms].to_dict(), better=better[arms].to_dict(), constant=constant, products=conditions_of(runs, arms))
 
 # %% ../nbs/components/full_scale.ipynb #b19eca83
 def catching_up(
@@ -416,14 +417,15 @@ def catching_up(
     of: str,                # an arm
     over: str,              # another
     least: int = 2000,      # updates that a run must have to count
-) -> pd.DataFrame:          # a row a seed: which arm is `behind` and which `ahead` after so many `updates`, the held-out errors of both there, and after how many updates the one ahead had `reached` the error of the other, read off between the measurements at `above` (0: before training, or there from the start) and `below`
+) -> pd.DataFrame:          # a row a seed: which arm is `behind` and which `ahead` after so many `updates`, the held-out errors of both there, how far `apart` they are there and how far they were at the first measurement after 600 updates or more (`apart_early`, after `early`), and after how many updates the one ahead had `reached` the error of the other, read off between the measurements at `above` (0: before training, or there from the start) and `below`
     "How long the faster of two arms took for what the slower ends with."
     rows = []
     for seed, pair in compared(metrics, head, [of, over], least).groupby('seed'):
         behind, ahead = pair.sort_values('error', ascending=False).itertuples()
         curve = metrics[(metrics.run == ahead.run) & (metrics.step <= ahead.updates)]
+        early = metrics[metrics.run.isin([behind.run, ahead.run]) & (metrics.step >= min(600, behind.updates))].pivot(index='step', columns='run', values='held_out_error')[[behind.run, ahead.run]].dropna().diff(axis=1).iloc[0]
         reached = time_to_reach(curve, behind.error, 'held_out_error', falls=True).reached.item()
-        rows.append(dict(seed=seed, behind=behind.arm, ahead=ahead.arm, error_behind=behind.error, error_ahead=ahead.error, reached=reached, above=max(curve.step[curve.step < reached], default=0), below=min(curve.step[curve.step >= reached]), updates=behind.updates))
+        rows.append(dict(seed=seed, behind=behind.arm, ahead=ahead.arm, error_behind=behind.error, error_ahead=ahead.error, apart=behind.error - ahead.error, early=early.name, apart_early=-early.iloc[1], reached=reached, above=max(curve.step[curve.step < reached], default=0), below=min(curve.step[curve.step >= reached]), updates=behind.updates))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #9a1181a2
@@ -475,9 +477,10 @@ def size_effects(
     metrics: pd.DataFrame,
     head: str,
     least: int = 600,  # updates that a run must have to count
+    since: int = 0,    # first epoch whose error counts
 ) -> pd.DataFrame:     # as from `factorial_effects`, terms `size`, `values` and both; with `updates`
     "What the size of the weights does to the mean error over training, and what their values do: positive raises it."
-    runs = compared(metrics, head, list(SQUARE), least)
+    runs = compared(metrics, head, list(SQUARE), least, since)
     size, values = zip(*runs.arm.map(SQUARE))
     return factorial_effects(runs.assign(size=size, values=values), 'area', dict(size=('small', 'large'), values=('random', 'language'))).assign(updates=int(runs.updates.max()))
 
@@ -517,17 +520,28 @@ def after_start_text(
     if later['verdict'] == verdict['verdict']: return ''
     return f"Without the error before any training it would be {later['verdict']}: {spell_advantage(later['effect'])} than from random weights, {spell_advantage(later['beyond'])} than from permuted ones."
 
+# %% ../nbs/components/full_scale.ipynb #7783f9e4
+def better_text(
+    verdict: dict,  # from `full_scale_verdict`
+) -> str:
+    "Which runs end better than a constant guess."
+    found, n = verdict['better'], verdict['seeds']
+    if not sum(found.values()): return 'no run ends better than a constant guess'
+    if all(k == n for k in found.values()): return 'all runs end better than a constant guess'
+    return 'better than a constant guess end ' + ', '.join(f'{arm} {k} of {n}' for arm, k in found.items())
+
 # %% ../nbs/components/full_scale.ipynb #cfb47d82
 def size_sentence(
     metrics: pd.DataFrame,
     head: str = 'linear',
 ) -> str:                   # empty if the four bodies' runs are not kept
     "What `size_effects` says of runs without context."
-    try: e = size_effects(metrics, head).set_index('term')
+    try: e, later = (size_effects(metrics, head, since=since).set_index('term') for since in (0, 1))
     except InputError: return ''
-    seeds, does = int(e.n.iloc[0]), {t: spell((e.estimate[t], e.low[t], e.high[t]), 3) for t in ('size', 'values')}
+    def does(e, term): return spell((e.estimate[term], e.low[term], e.high[term]), 3)
+    seeds = int(e.n.iloc[0])
     size_only = e.low['size'] > 0 and e.low['values'] < 0 < e.high['values']
-    return 'At the usual learning rate large numbers slow learning; whether it matters what is in them cannot be told. ' * bool(size_only) + f"Numbers as large as the language model's, against numbers as small as random weights, change the mean error over training by {does['size']}; the language model's values, against random ones of their size, by {does['values']} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
+    return 'At the usual learning rate large tensors slow learning; whether it matters what is in them cannot be told. ' * bool(size_only) + f"Tensors as large as the language model's, in place of small ones, change the mean error over training by {does(e, 'size')}, without the error before any training by {does(later, 'size')}; the language model's values in place of random ones by {does(e, 'values')}, without it by {does(later, 'values')} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
 
 # %% ../nbs/components/full_scale.ipynb #55df9ec2
 def context_sentence(
@@ -560,7 +574,7 @@ def catching_up_sentence(
     "What `catching_up` says of two arms, seed by seed."
     try: runs = catching_up(metrics, head, of, over)
     except InputError: return ''
-    told = (f"{r.behind} weights end at {r.error_behind:.3f} (seed {r.seed}); {r.ahead} ones were there {when_reached(r)}, and end at {r.error_ahead:.3f}" for r in runs.itertuples())
+    told = (f"{r.behind} weights end at {r.error_behind:.3f} and {r.ahead} ones at {r.error_ahead:.3f}, {r.apart:.3f} apart, where it was {r.apart_early:.3f} after {r.early:,} updates (seed {r.seed}; {r.ahead} ones had the other's last error {when_reached(r)})" for r in runs.itertuples())
     return f"Trained longer, for {runs.updates.max():,} updates ({head} head, no context): {'; '.join(told)}."
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
@@ -604,9 +618,11 @@ def lead_text(
     try: found = lead(number, inside_by_run(task, folder))
     except InputError: return f'Of [full-size runs](full_scale.ipynb) on {task} nothing is kept that this could be asked of.'
     _, measure, form, _ = LEADS[number]
+    least, own = CLAIMS[number].smallest, found['means']['language']
+    small = f" All these differences are smaller than the one that would matter, {least:g}, which was set for small models, so the rule can only say no; random weights have {found['means']['random'] / own:.1f} times the language model's, permuted ones {found['means']['language-permuted'] / own:.1f} times." * bool(0 < found['effect'][0] < least)
     means = ', '.join(f'{a} {form.format(found["means"][a])}' for a in ('language', 'random', 'language-permuted'))
     return (f"In [full-size runs](full_scale.ipynb#what-changes-inside) (SmolLM2's body, linear head, {found['updates']} updates, {found['seeds']} seeds), {measure}: {means}. "
-            f"In the direction of the claim, language against random: {spell(found['effect'], 3)}; beyond permuted weights: {spell(found['beyond'], 3)}. By the rule for the small models: *{found['rule']}*. "
+            f"In the direction of the claim, language against random: {spell(found['effect'], 3)}; beyond permuted weights: {spell(found['beyond'], 3)}. By the rule for the small models: *{found['rule']}*.{small} "
             'These runs have no context (K=1) and the claim is about models that have, so this is a lead; the verdict rests on the small scale.')
 
 # %% ../nbs/components/full_scale.ipynb #34e05a7d
@@ -647,5 +663,5 @@ def blocks_text(
         means = ', '.join(f'{d} {r[d]:.3f}' for d in ('untouched', *DONORS) if pd.notna(r.get(d)))
         gains = [f'{spell_advantage(r[e])} than with the {d} one' for e, d in (('effect', 'random'), ('beyond', 'permuted')) if r[e]]
         return f"- {r['head']} head, block {r['block']} ({r['updates']} updates, {r['seeds']} seed{'s' * (r['seeds'] > 1)}; {r['products']}): {means}." + f" With the language block it is {', and '.join(gains)}." * bool(gains) + ' None of them ends with a smaller error than a constant guess.' * (not r['learned'])
-    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one of its 30 blocks from another body. In brackets stands the precision of matrix products, of untouched ones against those with a block; where it says "two collections", the two learned from data collected on different machines, and only those with a block should be compared with each other. '
+    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one of its 30 blocks from another body. In brackets stands the precision of matrix products, of untouched ones against those with a block, which may differ among themselves; where it says "two collections", the two learned from data collected on different machines, and only those with a block should be compared with each other. '
             'Only what the language block does beyond a random and a permuted one would speak for the claim.\n\n' + '\n'.join(line(r) for _, r in found.iterrows()))
