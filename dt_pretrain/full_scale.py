@@ -526,9 +526,9 @@ def better_text(
 ) -> str:
     "Which runs end better than a constant guess."
     found, n = verdict['better'], verdict['seeds']
-    if not sum(found.values()): return 'no run ends better than a constant guess'
-    if all(k == n for k in found.values()): return 'all runs end better than a constant guess'
-    return 'better than a constant guess end ' + ', '.join(f'{arm} {k} of {n}' for arm, k in found.items())
+    if not sum(found.values()): return 'No run ends better than a constant guess.'
+    if all(k == n for k in found.values()): return 'All runs end better than a constant guess.'
+    return f"Better than a constant guess end: {', '.join(f'{arm} {k} of {n}' for arm, k in found.items())}."
 
 # %% ../nbs/components/full_scale.ipynb #cfb47d82
 def size_sentence(
