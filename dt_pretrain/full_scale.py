@@ -506,10 +506,11 @@ def made_twice(
 # %% ../nbs/components/full_scale.ipynb #7783f9e2
 def spell_advantage(
     effect: tuple,  # as from `advantage`
+    brief: bool = False,
 ) -> str:
     "By how much an error is lower or higher."
     mean, low, high = effect[:3] if effect[0] > 0 else (-effect[0], -effect[2], -effect[1])
-    return f"{'lower' if effect[0] > 0 else 'higher'} by {spell((mean, low, high), 3)}"
+    return f"{'lower' if effect[0] > 0 else 'higher'} by {spell((mean, low, high), 3, brief)}"
 
 # %% ../nbs/components/full_scale.ipynb #7783f9e3
 def after_start_text(
@@ -534,14 +535,17 @@ def better_text(
 def size_sentence(
     metrics: pd.DataFrame,
     head: str = 'linear',
+    brief: bool = False,    # for a box
 ) -> str:                   # empty if the four bodies' runs are not kept
     "What `size_effects` says of runs without context."
     try: e, later = (size_effects(metrics, head, since=since).set_index('term') for since in (0, 1))
     except InputError: return ''
-    def does(e, term): return spell((e.estimate[term], e.low[term], e.high[term]), 3)
+    def does(e, term): return spell((e.estimate[term], e.low[term], e.high[term]), 3, brief)
     seeds = int(e.n.iloc[0])
     size_only = e.low['size'] > 0 and e.low['values'] < 0 < e.high['values']
-    return 'At the usual learning rate large tensors slow learning; whether it matters what is in them cannot be told. ' * bool(size_only) + f"Tensors as large as the language model's, in place of small ones, change the mean error over training by {does(e, 'size')}, without the error before any training by {does(later, 'size')}; the language model's values in place of random ones by {does(e, 'values')}, without it by {does(later, 'values')} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
+    told = 'At the usual learning rate large tensors slow learning; whether it matters what is in them cannot be told. ' * bool(size_only)
+    if brief: return told + f"Large tensors in place of small ones change the mean error by {does(e, 'size')}, the language model's values in place of random ones by {does(e, 'values')} (positive is worse; {seeds} seed{'s' * (seeds > 1)})."
+    return told + f"Tensors as large as the language model's, in place of small ones, change the mean error over training by {does(e, 'size')}, without the error before any training by {does(later, 'size')}; the language model's values in place of random ones by {does(e, 'values')}, without it by {does(later, 'values')} (positive is worse; {head} head, no context, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
 
 # %% ../nbs/components/full_scale.ipynb #55df9ec2
 def context_sentence(
