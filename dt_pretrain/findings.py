@@ -202,7 +202,7 @@ def earlier_results(
     folder: str | Path | None = None,  # one with a folder of results for each earlier report, named so that they sort by age; the project's by default
 ) -> list[dict]:  # theirs of the same finding, effect, preset and task, the oldest first
     "What earlier reports found by the same measure."
-    reports = sorted(p for p in Path(folder or results_folder() / 'earlier').iterdir() if p.is_dir())
+    reports = sorted(p for p in Path(folder or results_folder() / 'earlier').glob('*') if p.is_dir())
     return [r for report in reports for r in read_results(report) if all(r[k] == result[k] for k in ('number', 'effect_unit', 'preset', 'task'))]
 
 # %% ../nbs/components/findings.ipynb #0b55987d
