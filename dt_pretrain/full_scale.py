@@ -407,7 +407,7 @@ def full_scale_verdict(
         effect, beyond = (paired_difference(areas, other, 'language') for other in arms[1:])
         verdict = judge(effect[:3], beyond[:3], CLAIMS[5].smallest, effect[3], 'paper')
         return dict(verdict='inconclusive' if verdict == 'supported' and not errors['language'] < constant else verdict, effect=effect, beyond=beyond)
-    better = (runs.error < constant).groupby(runs.arm).sum()
+    better = (runs.error < runs.constant_error).groupby(runs.arm).sum()
     return judged(0) | dict(after_start=judged(1), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), errors=errors[arms].to_dict(), better=better[arms].to_dict(), constant=constant, products=conditions_of(runs, arms))
 
 # %% ../nbs/components/full_scale.ipynb #b19eca83
@@ -623,7 +623,7 @@ def lead_text(
     except InputError: return f'Of [full-size runs](full_scale.ipynb) on {task} nothing is kept that this could be asked of.'
     _, measure, form, _ = LEADS[number]
     least, own = CLAIMS[number].smallest, found['means']['language']
-    small = f" All these differences are smaller than the one that would matter, {least:g}, which was set for small models, so the rule can only say no; random weights have {found['means']['random'] / own:.1f} times the language model's, permuted ones {found['means']['language-permuted'] / own:.1f} times." * bool(0 < found['effect'][0] < least)
+    small = f" Both are below the difference that would matter, {least:g}, which was set for small models, so the rule takes what is not clearly above zero as not there. As ratios: random weights have {found['means']['random'] / own:.1f} times the language model's, permuted ones {found['means']['language-permuted'] / own:.1f} times." * bool(0 < found['effect'][0] and max(found['effect'][0], found['beyond'][0]) < least)
     means = ', '.join(f'{a} {form.format(found["means"][a])}' for a in ('language', 'random', 'language-permuted'))
     return (f"In [full-size runs](full_scale.ipynb#what-changes-inside) (SmolLM2's body, linear head, {found['updates']} updates, {found['seeds']} seeds), {measure}: {means}. "
             f"In the direction of the claim, language against random: {spell(found['effect'], 3)}; beyond permuted weights: {spell(found['beyond'], 3)}. By the rule for the small models: *{found['rule']}*.{small} "
