@@ -35,10 +35,9 @@ def _collect(args):
 # %% ../nbs/components/cli.ipynb #76892ecd
 def _finetune(args):
     from dt_pretrain.finetuning import finetune
-    from dt_pretrain.runs import runs_folder
     from dt_pretrain.setups import make_config
     values = {'preset': args.preset, 'task': args.task, **_values(args.set)}
-    run = finetune(make_config(**values), args.runs_dir or runs_folder(), args.device)
+    run = finetune(make_config(**values), args.runs_dir, args.device)
     print(run.metrics[['epoch', 'held_out_error', 'saturated', 'target_return', 'return_mean', 'score_mean']].round(3).to_string(index=False))
     print(run.path)
 

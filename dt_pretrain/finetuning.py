@@ -7,6 +7,7 @@ __all__ = ['build_backbone', 'build_model', 'load_data', 'check_data', 'stream',
 # %% ../nbs/components/finetuning.ipynb #84b46496
 import math, time
 from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -238,12 +239,12 @@ def default_device() -> str:
 
 # %% ../nbs/components/finetuning.ipynb #d49c992b
 def finetune(
-    config: FinetuneConfig,      # from `make_config`
-    runs_dir='runs',
-    device: str | None = None,   # `cpu`, `cuda`; the GPU by default if there is one
-    progress: bool = True,       # show a progress bar
-    wait: float = 0,             # seconds to wait if another process works on this run
-    until: int | None = None,    # stop after this epoch; the same call with a later one, or none, goes on
+    config: FinetuneConfig,              # from `make_config`
+    runs_dir: str | Path | None = None,  # `runs_folder()` by default
+    device: str | None = None,           # `cpu`, `cuda`; the GPU by default if there is one
+    progress: bool = True,               # show a progress bar
+    wait: float = 0,                     # seconds to wait if another process works on this run
+    until: int | None = None,            # stop after this epoch; the same call with a later one, or none, goes on
 ) -> Run:
     "Fine-tune a Decision Transformer, or return the run if that was done before."
     device, goal = device or default_device(), config.epochs if until is None else min(until, config.epochs)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ADDED', 'whole_file', 'save_tensors', 'load_tensors', 'Run', 'read_table', 'check_weights', 'load_weights',
-           'run_folder', 'environment', 'Preempted', 'Sigterm', 'take_over', 'open_run', 'runs_folder', 'find_runs']
+           'runs_folder', 'run_folder', 'environment', 'Preempted', 'Sigterm', 'take_over', 'open_run', 'find_runs']
 
 # %% ../nbs/components/runs.ipynb #6dd565fa
 import json, os, platform, re, shutil, signal, subprocess, sys, threading, warnings
@@ -151,13 +151,18 @@ def load_weights(
     check_weights(model, tensors, path)
     model.load_state_dict(tensors)
 
+# %% ../nbs/components/runs.ipynb #60c38a23
+def runs_folder() -> Path:
+    "Where runs live when nothing else is said."
+    return Path(os.environ.get('DT_PRETRAIN_RUNS') or project_root() / 'runs').resolve()
+
 # %% ../nbs/components/runs.ipynb #79feb2b7
 def run_folder(
     config: FinetuneConfig,  # resolved
-    runs_dir: str | Path = 'runs',
+    runs_dir: str | Path | None = None,  # `runs_folder()` by default
 ) -> Path:
     "Where a run lives; raises InputError for a name or link that would lead elsewhere."
-    path = Path(runs_dir) / config.task / run_name(config)
+    path = Path(runs_dir or runs_folder()) / config.task / run_name(config)
     for name in (config.task, path.name):
         if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name): raise InputError('name of a folder', 'letters, digits, ., - and _', repr(name))
     for part in (path.parent, path, path / 'resume', path / 'damaged'):
@@ -346,9 +351,9 @@ def take_over(
 # %% ../nbs/components/runs.ipynb #92148a6b
 @contextmanager
 def open_run(
-    config: FinetuneConfig,            # resolved
-    runs_dir: str | Path = 'runs',
-    wait: float = 0,                   # seconds to wait for another process that works on this run; -1: for ever
+    config: FinetuneConfig,              # resolved
+    runs_dir: str | Path | None = None,  # `runs_folder()` by default
+    wait: float = 0,                     # seconds to wait for another process that works on this run; -1: for ever
 ):  # the Run, locked for this process
     "The run of a configuration, new or begun."
     run = Run(run_folder(config, runs_dir))
@@ -361,18 +366,13 @@ def open_run(
         for debris in (*run.path.glob('.*.[0-9]*'), *(run.path / 'resume').glob('.*.[0-9]*')): debris.unlink()   # what a killed process was writing
         yield run
 
-# %% ../nbs/components/runs.ipynb #60c38a23
-def runs_folder() -> Path:
-    "Where runs live when nothing else is said."
-    return Path(os.environ.get('DT_PRETRAIN_RUNS') or project_root() / 'runs').resolve()
-
 # %% ../nbs/components/runs.ipynb #4b3990c2
 def find_runs(
-    runs_dir: str | Path = 'runs',
-    finished: bool = True,   # only those that ended
-    **values,                # fields of FinetuneConfig, such as `setup='paper'`
+    runs_dir: str | Path | None = None,  # `runs_folder()` by default
+    finished: bool = True,               # only those that ended
+    **values,                            # fields of FinetuneConfig, such as `setup='paper'`
 ) -> list[Run]:
     "Runs in a folder, by name; raises InputError for a field that there is not."
     check_names(values); values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    runs = [Run(p.parent) for p in sorted(Path(runs_dir).glob('*/*/config.json'))]
+    runs = [Run(p.parent) for p in sorted(Path(runs_dir or runs_folder()).glob('*/*/config.json'))]
     return [r for r in runs if (not finished or r.status == 'finished') and all(getattr(r.config, k) == v for k, v in values.items())]
