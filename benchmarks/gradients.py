@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dt_pretrain.analysis.activations import analysis_batch, take
+from dt_pretrain.analysis.activations import analysis_batch
 from dt_pretrain.analysis.gradients import backward_passes, gradient_cosines
 from dt_pretrain.backbones import Architecture, load_backbone
 from dt_pretrain.collection import load_trajectories
@@ -27,7 +27,7 @@ def cosines_published(model, batch):
     "Separate passes, whole gradients kept, then each pair."
     gradients = []
     for i in range(len(batch.states)):
-        gradients += backward_passes(model, [take(batch, slice(i, i + 1))], lambda g: torch.cat([x.flatten() for k, x in g.items() if k.startswith("backbone.h.")]))
+        gradients += backward_passes(model, [batch[i:i + 1]], lambda g: torch.cat([x.flatten() for k, x in g.items() if k.startswith("backbone.h.")]))
     return np.array([[(torch.dot(x, y) / (torch.norm(x) * torch.norm(y))).item() for y in gradients] for x in gradients])
 
 
@@ -41,7 +41,7 @@ def measure(way, blocks, width, n):
     data = load_trajectories("hopper-medium", n_steps=3000)
     model = DecisionTransformer(load_backbone(arch=Architecture(blocks, width, width // 32)), data.task).eval()
     batch, compute = analysis_batch(data, n), {"published": cosines_published, "here": gradient_cosines}[way]
-    compute(model, take(batch, slice(0, 2)))
+    compute(model, batch[:2])
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before, start = peak_mib(), time.process_time()
     cosines = compute(model, batch)

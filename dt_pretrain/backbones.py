@@ -2,14 +2,14 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'SHIPPED', 'HUB', 'CONTROLS', 'Adapter', 'register_adapter', 'adapter_of', 'NoPositions',
-           'without_embeddings', 'blocks', 'site', 'Architecture', 'from_config', 'random_gpt2', 'record',
+           'without_embeddings', 'blocks', 'site', 'Architecture', 'from_config', 'random_gpt2', 'record', 'in_mode',
            'attention_weights', 'shipped_names', 'card', 'locate', 'read_config', 'load_pretrained', 'in_gpt2_blocks',
            'permuted', 'moments', 'reinitialised', 'rescaled', 'mimetic', 'Initialisation', 'parse_initialisation',
            'is_pretrained', 'load_backbone', 'weights_hash', 'describe', 'transplant', 'fast_bfloat16',
            'mixed_precision', 'weight_per_block', 'initialisation_table']
 
 # %% ../nbs/components/backbones.ipynb #251b080c
-import hashlib, importlib.util, json, re
+import difflib, hashlib, importlib.util, json, re
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -167,6 +167,24 @@ def record(
     finally:
         for h in hooks: h.remove()
 
+# %% ../nbs/components/backbones.ipynb #9718e100
+@contextmanager
+def in_mode(
+    model: nn.Module,        # a body, or a model that has one as `backbone`
+    training: bool = False,  # with dropout
+    eager: bool = False,     # attention by the plain implementation
+):
+    "Put a model into a mode for a while."
+    body, was = getattr(model, 'backbone', model), model.training
+    attention = body.config._attn_implementation if eager else None
+    try:
+        model.train(training)
+        if eager: body.set_attn_implementation('eager')
+        yield
+    finally:
+        model.train(was)
+        if eager: body.set_attn_implementation(attention)
+
 # %% ../nbs/components/backbones.ipynb #79883334
 @torch.no_grad()
 def attention_weights(
@@ -175,13 +193,9 @@ def attention_weights(
     attention_mask: torch.Tensor | None = None,  # (batch, tokens), 0 on padding
 ) -> torch.Tensor:                               # (blocks, batch, heads, tokens, tokens): queries, then keys; rows sum to 1; raises InputError if a block does not tell
     "How much each token attends to each earlier one."
-    before, training = backbone.config._attn_implementation, backbone.training
-    try:
-        backbone.set_attn_implementation('eager'); backbone.eval()
-        found = backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, output_attentions=True).attentions
-        if len(found) != len(blocks(backbone)): raise InputError('attention of a body', f'that of all {len(blocks(backbone))} blocks', f'{len(found)}: a block that came with its heads (`transplant`) does not tell')
-        return torch.stack(found)
-    finally: backbone.set_attn_implementation(before); backbone.train(training)
+    with in_mode(backbone, eager=True): found = backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, output_attentions=True).attentions
+    if len(found) != len(blocks(backbone)): raise InputError('attention of a body', f'that of all {len(blocks(backbone))} blocks', f'{len(found)}: a block that came with its heads (`transplant`) does not tell')
+    return torch.stack(found)
 
 # %% ../nbs/components/backbones.ipynb #c747ac0f
 SHIPPED = Path(__file__).parent / 'assets' / 'backbones' if '__file__' in globals() else Path(importlib.util.find_spec('dt_pretrain').origin).parent / 'assets' / 'backbones'
@@ -235,6 +249,9 @@ def read_config(
 ):  # the `transformers` configuration
     "Configuration of pre-trained weights."
     at = locate(source, scale, revision)
+    if 'gguf_file' not in at and not Path(name := at['pretrained_model_name_or_path']).exists():   # before the hub is asked
+        if name.startswith(('/', '.', '~')): raise InputError(name, 'a folder written by save_pretrained, or a GGUF file', 'nothing there')
+        if near := difflib.get_close_matches(name, ['random', 'mimetic', 'smollm2', *shipped_names()], cutoff=.8): raise InputError('initialisation', f'one like {near[0]!r}', repr(name))
     if 'gguf_file' in at: _check_gguf(Path(_where(at)))
     try: return AutoConfig.from_pretrained(**at, trust_remote_code=False)
     except Exception as e:
@@ -271,10 +288,13 @@ def load_pretrained(
     config, at = read_config(source, scale, revision), locate(source, scale, revision)
     _prepare(config, dropout, attention_dropout)
     try:
-        with _quiet(): model, info = AutoModel.from_pretrained(**at, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32, trust_remote_code=False)
+        with _quiet(): model, info = AutoModel.from_pretrained(**at, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32, trust_remote_code=False)
     except Exception as e: raise InputError(_where(at), 'weights in complete safetensors files' if 'gguf_file' not in at else 'a complete GGUF file', str(e).splitlines()[0]) from e
-    wrong = sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))
+    wrong = sorted(map(str, [*info['missing_keys'], *(k for k, *_ in info['mismatched_keys'])]))
     if wrong: raise InputError(_where(at), 'all tensors of its configuration', f'{len(wrong)} missing or of another shape, such as {wrong[0]}')
+    beyond = sorted(k for k in info['unexpected_keys'] if any(int(i) >= config.num_hidden_layers for i in re.findall(r'(?<=\.)\d+(?=\.)', f'.{k}')))
+    if beyond: raise InputError(_where(at), f'{config.num_hidden_layers} blocks, as in its configuration', f'more, such as {beyond[0]}')
+    if bad := [k for k, x in model.named_parameters() if not x.isfinite().all()]: raise InputError(_where(at), 'finite numbers', f'NaN or infinite ones in {bad[0]}')
     if 'gguf_file' not in at: return without_embeddings(model)
     body = from_config(config)  # a model from GGUF cannot be converted; one with its weights can
     body.load_state_dict({k: v for k, v in model.state_dict().items() if k in body.state_dict()})

@@ -4,8 +4,9 @@
 __all__ = ['main']
 
 # %% ../nbs/components/cli.ipynb #82b771ad
-import argparse, sys
-from contextlib import suppress
+import argparse, signal, sys
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 from . import __version__
 from .setups import PRESETS
@@ -37,9 +38,17 @@ def _finetune(args):
     from dt_pretrain.finetuning import finetune
     from dt_pretrain.setups import make_config
     values = {'preset': args.preset, 'task': args.task, **_values(args.set)}
-    run = finetune(make_config(**values), args.runs_dir, args.device)
+    with _ctrl_c_saves(): run = finetune(make_config(**values), args.runs_dir, args.device)
     print(run.metrics[['epoch', 'held_out_error', 'saturated', 'target_return', 'return_mean', 'score_mean']].round(3).to_string(index=False))
     print(run.path)
+
+@contextmanager
+def _ctrl_c_saves():
+    "Where training listens to SIGTERM, Ctrl-C asks for the same: to save and stop."
+    def passed_on(signum, frame): signal.raise_signal(signal.SIGTERM) if callable(signal.getsignal(signal.SIGTERM)) else signal.default_int_handler(signum, frame)
+    before = signal.signal(signal.SIGINT, passed_on)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
 
 def _values(pairs):
     "`name=value` pairs as a dict; values are read as TOML, and as text where they are none."
@@ -70,11 +79,12 @@ def _sweep(args):
     from dt_pretrain.report import checkout
     from dt_pretrain.runs import Sigterm
     from dt_pretrain.sweeps import here, local, on_ray, run_sweep, status_text, sweep_status, time_limit
+    if args.engine != 'ray' and (args.address or args.gpus_per_run): raise InputError('--address' if args.address else '--gpus-per-run', 'none without --engine ray', args.address or args.gpus_per_run)
     configs, folder = _configs(args)
     if args.dry_run: return print(_plan(configs, folder))
     engine = dict(local=lambda: local(args.jobs), here=here, ray=lambda: on_ray(args.address, args.gpus_per_run))[args.engine]()
     notebook = None if args.engine == 'here' else checkout() / 'nbs' / 'experiments' / 'finetune.ipynb'
-    with Sigterm(), time_limit(args.minutes):
+    with _ctrl_c_saves() if args.engine == 'here' else nullcontext(), Sigterm(), time_limit(args.minutes):
         for name, n in sorted({(c.task, c.n_steps) for c in configs if c.source == 'collect'}): collected(name, n)
         run_sweep(configs, notebook, folder, engine=engine, stride=args.stride)
     print(status_text(sweep_status(configs, folder)))
@@ -109,6 +119,11 @@ def _doctor(args):
     for k, v in facts.items(): print(f'{k:18} {v}')
 
 # %% ../nbs/components/cli.ipynb #ac6e8ac2
+def _folder(text):
+    "A path as people write it."
+    if not text: raise argparse.ArgumentTypeError('expected a folder, found nothing')
+    return Path(text).expanduser()
+
 def _parser():
     p = argparse.ArgumentParser('dt-pretrain', description='Why do transformers pre-trained on text fine-tune quickly to offline reinforcement learning?')
     p.add_argument('--version', action='version', version=__version__)
@@ -123,14 +138,14 @@ def _parser():
     c.add_argument('--no-site', action='store_true', help='execute the pages but do not render them')
     c = command('finetune', _finetune, 'one run: fine-tune a Decision Transformer'); preset(c); task(c)
     c.add_argument('--set', nargs='*', action='extend', default=[], metavar='name=value', help='any other value of the configuration, such as setup=paper context_length=1 seed=3')
-    c.add_argument('--runs-dir', help="where runs live (default: the project's runs/)")
+    c.add_argument('--runs-dir', type=_folder, help="where runs live (default: the project's runs/)")
     c.add_argument('--device', help='cpu or cuda (default: the GPU if there is one)')
     for name, func, help in (('sweep', _sweep, 'run a grid of runs, here or on a cluster; what is done is left out'), ('status', _status, 'say which runs of a sweep are done, trained but without their notebook, running, failed, stopped or to do')):
         c = command(name, func, help); preset(c)
         c.add_argument('file', help='a TOML file with [[runs]] tables, or the name of one in nbs/experiments/sweeps')
         c.add_argument('--task', choices=task_names(), help='instead of what the file says (without either: hopper-medium)')
         c.add_argument('--seeds', type=int, help='seeds of every arm, instead of what the file says')
-        c.add_argument('--runs-dir', help="where runs live (default: the project's runs/)")
+        c.add_argument('--runs-dir', type=_folder, help="where runs live (default: the project's runs/)")
         if name == 'sweep': _engine_options(c)
     c = command('collect', _collect, 'get a dataset and say what is in it'); task(c)
     c.add_argument('--source', default='collect', help='collect (default), minari, d4rl or hf')

@@ -116,6 +116,7 @@ def _add(found, name, value, page):
     "Add what a name means: a function of the page with all that it names in turn, or plain data."
     if name in found or inspect.ismodule(value) or callable(value) and getattr(value, '__module__', None) != page: return   # a library's, or the package's
     if inspect.isfunction(value):
+        if value.__closure__: raise InputError(f'{name}, which a measurement names', 'a function that names nothing of a function around it; such can be an argument', ', '.join(value.__code__.co_freevars))
         found[name] = inspect.getsource(value)
         for n in sorted(_named(value.__code__) & value.__globals__.keys()): _add(found, n, value.__globals__[n], page)
         return

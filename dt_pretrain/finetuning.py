@@ -20,7 +20,7 @@ from .collection import load_trajectories
 from .decision_transformer import DecisionTransformer, action_error
 from .rollouts import rollout
 from .runs import Preempted, Run, Sigterm, check_weights, environment, load_tensors, load_weights, open_run
-from .setups import FinetuneConfig, make_config, windows_per_step
+from .setups import FinetuneConfig, make_config, resolve, windows_per_step
 from .tasks import InputError, get_task
 from .trajectories import ContextSampler, split_episodes
 
@@ -156,7 +156,7 @@ def fit(self: Trainer,
     self.model.eval()
     whole, n, error, saturated = self.held_out, len(self.held_out.mask), 0., 0.
     for lo in range(0, n, chunk):
-        batch = type(whole)(*(x[lo:lo+chunk] for x in vars(whole).values()))
+        batch = whole[lo:lo + chunk]
         with self.autocast(): predicted = self.model(batch).float()
         steps = batch.mask.sum()
         error += action_error(predicted, batch) * steps
@@ -249,12 +249,14 @@ def finetune(
     "Fine-tune a Decision Transformer, or return the run if that was done before."
     device, goal = device or default_device(), config.epochs if until is None else min(until, config.epochs)
     if goal < 0: raise InputError('until', 'an epoch, 0 is before training', until)
-    _check_device(device); _check_sources(config)  # before a folder is made
+    _check_device(device); _check_config(config)  # before a folder is made
     with open_run(config, runs_dir, wait) as run, torch.random.fork_rng(), Sigterm() as sigterm:
-        if run.status == 'finished' or (run.last_epoch is not None and run.last_epoch >= goal): return run
+        if run.status == 'finished' or (run.last_epoch is not None and run.last_epoch >= goal):
+            _check_same(run, progress)
+            return run
         trainer, start, before = Trainer(config, device, progress), time.time(), run.manifest.get('seconds', 0)
         check_data(run, trainer.train_data)
-        about = describe(trainer.model.backbone)  # before training
+        about = describe(trainer.model.backbone); _check_start(run, about)  # before training
         last = None if run.last_epoch is None else trainer.restore(run)
         seconds = lambda: before + time.time() - start
         run.note(status='running', error=None, starts=run.manifest.get('starts', 0) + 1, environment=environment(device), backbone=about, data=repr(trainer.train_data), data_return=float(trainer.train_data.returns.mean()))
@@ -284,11 +286,28 @@ def _check_device(device):
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e: raise InputError('device', 'one that torch finds here, such as cpu', f'{device!r}: {str(e).splitlines()[0]}') from e
 
-def _check_sources(config):
-    "Raise InputError unless the configurations of all pre-trained weights can be read and are of an architecture that we know."
+def _check_config(config):
+    "Raise InputError unless a configuration has no gaps, and the configurations of all pre-trained weights can be read and are of an architecture that we know."
+    if resolve(config) != config: raise InputError('configuration', 'one without gaps, as from `make_config`', config)
+    if config.path is not None and not Path(config.path).exists(): raise InputError('path', 'a file or folder with data', f'nothing at {config.path}')
     for name in filter(None, (config.initialisation, config.donor)):
         i = parse_initialisation(name)
-        if i.brings_architecture: adapter_of(read_config(i.source, config.scale, config.revision))
+        if not i.brings_architecture: continue
+        adapter_of(found := read_config(i.source, config.scale, config.revision))
+        if config.block is not None and config.block >= found.num_hidden_layers: raise InputError('block', f'0 to {found.num_hidden_layers - 1}, the last one of {name}', config.block)
+
+def _check_same(run, progress):
+    "Raise InputError if files of data or weights that a finished run was made from are there, and others now."
+    c = run.config
+    if c.path is not None and Path(c.path).exists(): load_data(run, progress)
+    if Path(c.initialisation).exists(): _check_start(run, describe(build_backbone(c)))
+
+def _check_start(run, about):
+    "Raise InputError if weights that are read from a file are others than those that a run began with."
+    c, known = run.config, run.manifest.get('backbone', about)
+    i = parse_initialisation(c.initialisation)
+    copied = i.brings_architecture and i.control in (None, 'permuted') and c.donor is None   # what is computed may differ in the last digit between processors
+    if copied and known['sha256'] != about['sha256']: raise InputError(f'weights that {run.name} starts from', f'those that it began with, sha256 {known["sha256"]}', about['sha256'])
 
 # %% ../nbs/components/finetuning.ipynb #8b9ec509
 def _epoch(run, trainer, epoch, bar, seconds):

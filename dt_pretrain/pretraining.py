@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
+from scipy.special import softmax
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, ImageGPTConfig, ImageGPTForCausalImageModeling, get_cosine_schedule_with_warmup
 
-from .backbones import Architecture, mixed_precision
+from .backbones import Architecture, in_mode, mixed_precision
 from .tasks import InputError
 
 # %% ../nbs/components/pretraining.ipynb #cc7750ed
@@ -52,7 +53,7 @@ def docstrings(
 ) -> list[str]:    # of at least 200 characters, in the order of files and lines
     "Documentation strings of an installed package."
     spec = importlib.util.find_spec(package)
-    if spec is None: raise InputError('package to read', 'an installed one', repr(package))
+    if spec is None or not spec.origin or not spec.submodule_search_locations: raise InputError('package to read', 'an installed one, a folder with `__init__.py`', repr(package))
     found = []
     for file in sorted(Path(spec.origin).parent.rglob('*.py')):
         try: tree = ast.parse(file.read_text(encoding='utf-8'))
@@ -126,8 +127,7 @@ def transition_table(
 ) -> np.ndarray:               # (M, M), rows sum to 1
     "A random Markov chain."
     u = np.random.default_rng(seed).random((n_states, n_states)) / temperature
-    p = np.exp(u - u.max(1, keepdims=True))
-    return p / p.sum(1, keepdims=True)
+    return softmax(u, axis=1)
 
 # %% ../nbs/components/pretraining.ipynb #679d467a
 def synthetic_corpus(
@@ -183,11 +183,8 @@ def held_out_bits(
     n: int = 1000,  # sequences
 ) -> float:
     "Mean bits a token on held-out sequences, dropout off."
-    training, sample = model.training, corpus.held_out[np.linspace(0, len(corpus.held_out) - 1, min(n, len(corpus.held_out))).astype(int)]
-    model.eval()
-    with torch.no_grad(): value = torch.cat([bits(model, part) for part in np.array_split(sample, -(-len(sample) // 100))]).mean().item()
-    model.train(training)
-    return value
+    sample = corpus.held_out[np.linspace(0, len(corpus.held_out) - 1, min(n, len(corpus.held_out))).astype(int)]
+    with torch.no_grad(), in_mode(model): return torch.cat([bits(model, part) for part in np.array_split(sample, -(-len(sample) // 100))]).mean().item()
 
 # %% ../nbs/components/pretraining.ipynb #39b3f9ed
 def pretrain(

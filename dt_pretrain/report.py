@@ -6,7 +6,7 @@ __all__ = ['checkout', 'report_sweeps', 'all_runs', 'costs', 'tidied', 'execute_
            'refresh_page', 'refresh']
 
 # %% ../nbs/components/report.ipynb #fd424625
-import json, posixpath, re, shutil, time, tomllib
+import json, posixpath, re, shutil, time
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +16,7 @@ from .execution import execute_notebook
 from .findings import read_results
 from .runs import Run, runs_folder, whole_file
 from .setups import PRESETS, FinetuneConfig
-from .sweeps import estimates, finished_runs, read_sweep, run_sweep
+from .sweeps import estimates, finished_runs, read_sweep, run_sweep, sweep_content
 from .tasks import InputError, get_task, project_root
 
 # %% ../nbs/components/report.ipynb #9a951488
@@ -31,7 +31,7 @@ def report_sweeps(
     nbs: Path,
 ) -> list[Path]:
     "The sweep files whose runs a report makes: those that do not say `report = false`."
-    return [p for p in sorted((nbs / 'experiments' / 'sweeps').glob('*.toml')) if tomllib.loads(p.read_text(encoding='utf-8')).get('report', True)]
+    return [p for p in sorted((nbs / 'experiments' / 'sweeps').glob('*.toml')) if sweep_content(p).get('report', True)]
 
 def all_runs(
     nbs: Path,
@@ -130,7 +130,7 @@ def table_of_runs(
 ) -> pd.DataFrame:  # a row a run, with a link to its page
     "What was run, and how it ended."
     def row(run):
-        c, last = run.config, run.metrics.iloc[-1]
+        c, m = run.config, run.metrics; last = m[m.epoch == m.epoch.max()].iloc[0]   # the main target return is the first
         return dict(run=f'<a href="../runs/{run.name}.html">{run.path.name.split("-")[-1]}</a>', task=c.task, initialisation=c.initialisation, setup=c.setup, head=c.head, K=c.context_length, seed=c.seed,
                     updates=c.epochs * c.steps_per_epoch, error=last.held_out_error, saturated=last.saturated, score=last.score_mean, minutes=run.manifest['seconds'] / 60)
     return pd.DataFrame(map(row, published(runs_dir)))

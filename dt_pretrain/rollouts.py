@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from .backbones import mixed_precision
+from .backbones import in_mode, mixed_precision
 from .decision_transformer import DecisionTransformer
 from .tasks import InputError, Task, make_env, normalized_score
 from .trajectories import Batch
@@ -67,13 +67,12 @@ def rollout(
     max_steps: int | None = None,  # stop earlier than the environment does
 ) -> pd.DataFrame:              # a row an episode: target_return, episode, return, length, score
     "Returns of a DT that aims for a return. The model is left in the mode it was in."
-    task, device, was_training = model.task, next(model.parameters()).device, model.training
+    task, device = model.task, next(model.parameters()).device
     if n_episodes < 1: raise InputError('n_episodes', 'at least 1', n_episodes)
-    model.eval()
     envs, live = [make_env(task) for _ in range(n_episodes)], torch.arange(n_episodes, device=device)
     history, total, length = History(task, target_return, state_mean, state_std, n_episodes, device), np.zeros(n_episodes), np.zeros(n_episodes, int)
     observations = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
-    with mixed_precision(device, bfloat16):  # once for all steps: inside of it each weight is converted once
+    with in_mode(model), mixed_precision(device, bfloat16):  # once for all steps: inside of it each weight is converted once
         for t in range(max_steps or task.max_steps):
             history.observe(live, t, np.array(observations))
             actions = model(history.window(live, t, context_length))[:, -1].float()
@@ -83,5 +82,4 @@ def rollout(
             on = [not (s[2] or s[3]) for s in steps]
             live, observations = live[torch.tensor(on, device=device)], [s[0] for s, o in zip(steps, on) if o]
             if not len(live): break
-    model.train(was_training)
     return pd.DataFrame(dict(target_return=target_return, episode=range(n_episodes), length=length, score=normalized_score(task, total)) | {'return': total})

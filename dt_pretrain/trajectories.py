@@ -79,13 +79,15 @@ def check_trajectories(
 
 # %% ../nbs/components/trajectories.ipynb #30885056
 def from_episodes(
-    task: Task,
+    task: Task | str,
     episodes,          # iterable of dicts with `observations` (T, state_dim), `actions` (T, action_dim), `rewards` (T,)
     source: str = '',  # where they came from
 ) -> Trajectories:
     "Join episodes of one task."
-    episodes = list(episodes)
+    task, episodes = (get_task(task) if isinstance(task, str) else task), list(episodes)
     if not episodes: raise InputError(source or task.name, 'at least one episode', 'none')
+    for i, e in enumerate(episodes):
+        if not isinstance(e, dict) or not {'observations', 'actions', 'rewards'} <= e.keys(): raise InputError(f'{source or task.name}, episode {i}', 'a dict with observations, actions and rewards', ', '.join(e) if isinstance(e, dict) else type(e).__name__)
     lengths = np.array([len(e['rewards']) for e in episodes])
     if (lengths == 0).any(): raise InputError(source or task.name, 'episodes of at least one step', f'episode {lengths.argmin()} without any')
     for i, e in enumerate(episodes):
@@ -113,7 +115,8 @@ def split_episodes(
     seed: int = 0,          # of the shuffle; the same for all runs, so that they are compared on the same data
 ) -> tuple[Trajectories, Trajectories]:  # for training, held out
     "Split off whole episodes at random."
-    if not 0 < held_out < 1 or len(data) < 2: raise InputError('held-out fraction', 'in (0, 1), of at least 2 episodes', f'{held_out} of {len(data)}')
+    if not 0 < held_out < 1: raise InputError('held-out fraction', 'between 0 and 1', held_out)
+    if len(data) < 2: raise InputError(data.source or data.task.name, 'at least 2 episodes, one of them to hold out', f'{len(data)} of {data.n_steps} steps')
     order = np.random.default_rng(seed).permutation(len(data))
     n = min(len(data) - 1, max(1, round(held_out * len(data))))
     return take_episodes(data, np.sort(order[n:])), take_episodes(data, np.sort(order[:n]))
@@ -130,7 +133,13 @@ class Batch:
 
     def to(self, device) -> 'Batch':
         "The same batch on another device."
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def __getitem__(self, which) -> 'Batch':
+        "Some of the windows; `which` is a slice, or (m,) indices or booleans."
+        return self._map(lambda x: x[which])
+
+    def _map(self, f): return Batch(*(None if x is None else f(x) for x in vars(self).values()))
 
 # %% ../nbs/components/trajectories.ipynb #d11fef31
 class ContextSampler:
@@ -199,6 +208,7 @@ def read_minari(
     for file in sorted((path / 'data').glob('*.hdf5')): _check_hdf5(file)
     try: dataset = minari.MinariDataset(path / 'data')
     except Exception as e: raise InputError(str(path), 'a readable Minari dataset', f'{type(e).__name__}: {e}') from e
+    if (env := dataset.spec.env_spec) and env.id.rsplit('-v', 1)[0] != task.env_id.rsplit('-v', 1)[0]: raise InputError(str(path), f'episodes of {task.env_id}, for {task.name}', env.id)   # in whichever version
     def episode(i):
         try: return next(iter(dataset.iterate_episodes([i])))
         except Exception as e: raise InputError(f'{path}, episode {i}', 'a readable episode', f'{type(e).__name__}: {e}') from e
@@ -300,7 +310,8 @@ def write_minari(
         s = slice(data.episode_start[e], data.episode_start[e] + data.episode_length[e]); last = np.arange(s.stop - s.start) == s.stop - s.start - 1
         return EpisodeBuffer(id=e, observations=np.vstack([data.observations[s], final[e:e+1]]), actions=data.actions[s], rewards=data.rewards[s],
                              terminations=last & ended[e], truncations=last & ~ended[e])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise InputError(str(path), 'a folder that can be made', e.strerror) from e
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.writing-') as tmp:
         old = os.environ.get('MINARI_DATASETS_PATH'); os.environ['MINARI_DATASETS_PATH'] = tmp
         try:

@@ -49,16 +49,17 @@ def test_sigterm_saves_the_middle_of_an_epoch(left_alone, tmp_path):
     assert facts == dict(epoch=0) and 0 < int(tensors["step"]) == len(tensors["rows"]) < 3000
 
 
-def test_the_command_says_how_it_ended(tmp_path):
-    "The installed command, stopped by SIGTERM: its exit code, and one line."
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_says_how_it_ended(tmp_path, signum):
+    "The installed command, stopped by SIGTERM or Ctrl-C: its exit code, and one line."
     settings = [f"{k}={v}" for k, v in (VALUES | dict(steps_per_epoch=3000)).items()]
     command = [os.path.join(os.path.dirname(sys.executable), "dt-pretrain"), "finetune", "--preset", "smoke", "--device", "cpu", "--runs-dir", tmp_path, "--set", *settings]
     process, run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True), run_of(tmp_path, VALUES | dict(steps_per_epoch=3000))
     while run.last_epoch is None and process.poll() is None:
         time.sleep(0.01)
-    process.terminate()
+    process.send_signal(signum)
     said = process.communicate()[1]
-    assert process.returncode == 143
+    assert process.returncode == 143 and (run.path / "resume/stopped.safetensors").exists()
     assert said.splitlines()[-1].endswith("its state is saved; the same command goes on from here") and "Traceback" not in said
 
 

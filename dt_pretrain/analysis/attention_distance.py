@@ -5,7 +5,6 @@ __all__ = ['PROTOCOLS', 'KINDS', 'SPANS', 'token_mask', 'summarise_attention', '
            'attention_distance', 'full_windows', 'change_past', 'context_use', 'same_dependence']
 
 # %% ../../nbs/components/analysis_attention_distance.ipynb #cecc6652
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pandas as pd
@@ -13,7 +12,7 @@ import torch
 from scipy.stats import spearmanr
 
 from .activations import TOKEN_TYPES
-from ..backbones import attention_weights, blocks, record, site
+from ..backbones import attention_weights, blocks, in_mode, record, site
 from ..decision_transformer import DecisionTransformer
 from ..tasks import InputError
 from ..trajectories import Batch
@@ -72,15 +71,6 @@ def summarise_attention(
         tables.append(t.set_index(index).reset_index().assign(token_type=name))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/components/analysis_attention_distance.ipynb #c466670f
-@contextmanager
-def _evaluating(model):
-    "Eval mode and no gradients; the model's mode comes back."
-    training = model.training
-    try:
-        with torch.no_grad(): yield model.eval()
-    finally: model.train(training)
-
 # %% ../../nbs/components/analysis_attention_distance.ipynb #3c0bca56
 def paper_attention(
     backbone,                                    # with `c_attn`: GPT-2 or ImageGPT
@@ -88,7 +78,7 @@ def paper_attention(
     attention_mask: torch.Tensor | None = None,  # (batch, tokens), for the forward pass alone
 ) -> torch.Tensor:                               # (blocks, batch, 1, tokens, tokens); rows sum to less than 1
     "Attention as the published analysis computed it."
-    with _evaluating(backbone), record(backbone, ['norm_1']) as seen: backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+    with torch.no_grad(), in_mode(backbone), record(backbone, ['norm_1']) as seen: backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
     def of_block(i):
         attention = site(backbone, i, 'attention')
         if not hasattr(attention, 'c_attn'):
@@ -115,7 +105,7 @@ def attention_distance(
     "Attention distance of each head."
     if protocol not in PROTOCOLS: raise InputError('protocol', f'one of {", ".join(PROTOCOLS)}', repr(protocol))
     mask = token_mask(batch)
-    with _evaluating(model): inputs = model.embed(batch)
+    with torch.no_grad(), in_mode(model): inputs = model.embed(batch)
     if protocol == 'corrected': return summarise_attention(attention_weights(model.backbone, inputs, mask), mask).assign(protocol=protocol)
     distance = paper_distance(paper_attention(model.backbone, inputs, mask))[:, 0].tolist()
     return pd.DataFrame(dict(block=range(len(distance)), head=0, token_type='all', distance=distance, protocol=protocol))
@@ -128,7 +118,7 @@ def full_windows(
 ) -> Batch:  # with a mask
     "The windows of a batch that have no padding."
     mask = token_mask(batch)[:, ::3]
-    return Batch(*(x[mask.all(1)] for x in vars(replace(batch, mask=mask)).values()))
+    return replace(batch, mask=mask)[mask.all(1)]
 
 # %% ../../nbs/components/analysis_attention_distance.ipynb #1fbde02a
 def _partners(n, generator):
@@ -154,8 +144,7 @@ def change_past(
 # %% ../../nbs/components/analysis_attention_distance.ipynb #4594f749
 def _last_actions(model, batch, chunk=256):
     "(B, action_dim) prediction for the last step of each window."
-    parts = zip(*(x.split(chunk) for x in vars(batch).values()))
-    return torch.cat([model(Batch(*p))[:, -1].float() for p in parts])
+    return torch.cat([model(batch[lo:lo + chunk])[:, -1].float() for lo in range(0, len(batch.mask), chunk)])
 
 # %% ../../nbs/components/analysis_attention_distance.ipynb #d735b965
 def _checked(batch, kind, span, lags):
@@ -189,7 +178,7 @@ def context_use(
     def measure(lag):
         after = _last_actions(model, _exchanged(batch, lag, kind, span, seed))
         return dict(change=((after - before).square().mean() / variance).item(), error=(after - target).square().mean().item())
-    with _evaluating(model):
+    with torch.no_grad(), in_mode(model):
         before, target = _last_actions(model, batch), batch.actions[:, -1]
         variance, error = before.var(0, correction=0).mean(), (before - target).square().mean().item()
         if not variance > 0: raise InputError('predicted actions', 'some variance over the windows', f'{variance.item():.2g}')
@@ -207,7 +196,7 @@ def same_dependence(
     "Whether two models' actions depend on the past in the same windows."
     batch, lags = _checked(batch, 'other', span, lags)
     def moved(model, lag):
-        with _evaluating(model): return (_last_actions(model, _exchanged(batch, lag, 'other', span, seed)) - _last_actions(model, batch)).norm(dim=1).cpu()
+        with torch.no_grad(), in_mode(model): return (_last_actions(model, _exchanged(batch, lag, 'other', span, seed)) - _last_actions(model, batch)).norm(dim=1).cpu()
     def same(lag):
         one, other = moved(before, lag), moved(after, lag)
         return spearmanr(one, other).statistic if one.std() > 0 < other.std() else float('nan')

@@ -12,8 +12,7 @@ import pandas as pd
 import torch
 from torch.func import functional_call, grad, vmap
 
-from .activations import take
-from ..backbones import adapter_of, blocks
+from ..backbones import adapter_of, blocks, in_mode
 from ..decision_transformer import DecisionTransformer, action_error
 from ..tasks import InputError
 from ..trajectories import Batch
@@ -27,16 +26,13 @@ def backward_passes(
     seed: int = 0,           # of dropout
 ) -> list:                   # what was kept, in the order of the batches
     "The gradient of each batch's loss, one after the other."
-    was, kept, named = model.training, [], {k: p for k, p in model.named_parameters() if p.requires_grad}
+    kept, named = [], {k: p for k, p in model.named_parameters() if p.requires_grad}
     device = next(iter(named.values())).device
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), in_mode(model, training):
         torch.manual_seed(seed)
-        try:
-            model.train(training)
-            for b in batches:
-                b = b.to(device)
-                kept.append(keep(dict(zip(named, torch.autograd.grad(action_error(model(b), b), list(named.values()))))))
-        finally: model.train(was)
+        for b in batches:
+            b = b.to(device)
+            kept.append(keep(dict(zip(named, torch.autograd.grad(action_error(model(b), b), list(named.values()))))))
     return kept
 
 # %% ../../nbs/components/analysis_gradients.ipynb #63d5271d
@@ -51,20 +47,6 @@ def windows_alike(
     if n == 0 or length.min() < 1: raise InputError('batch', 'windows of at least one step', f'{n} windows, the shortest of {length.min() if n else 0} steps')
     def piece(which, steps): return Batch(*(x[which, K - steps:].to(device) for k, x in vars(batch).items() if k != 'mask'), mask=None)
     return [(which, piece(which, steps)) for steps in length.unique().tolist() for which in (length == steps).nonzero().flatten().split(chunk)]
-
-# %% ../../nbs/components/analysis_gradients.ipynb #e2d0e583
-@contextmanager
-def _still(model):
-    "Evaluation mode and eager attention."
-    training, body = model.training, model.backbone
-    attention = body.config._attn_implementation
-    try:
-        model.eval()
-        if attention != 'eager': body.set_attn_implementation('eager')
-        yield
-    finally:
-        model.train(training)
-        if attention != 'eager': body.set_attn_implementation(attention)
 
 # %% ../../nbs/components/analysis_gradients.ipynb #8503a1a7
 def _tensor(out): return out[0] if isinstance(out, tuple) else out
@@ -82,7 +64,7 @@ def _calls(backbone):
 # %% ../../nbs/components/analysis_gradients.ipynb #a5d3bfcf
 def _passes(model, piece):
     "For each block: the rest of its arguments, what enters it, and the gradient of each sample's loss at what leaves it, (m, tokens, width) each."
-    with _calls(model.backbone) as alone, torch.no_grad(): model(take(piece, slice(0, 1)))
+    with _calls(model.backbone) as alone, torch.no_grad(): model(piece[:1])
     with _calls(model.backbone) as calls: predicted = model(piece)
     losses = (predicted - piece.actions).square().mean((1, 2))  # (m,)
     at_output = torch.autograd.grad(losses.sum(), [out for *_, out in calls.values()])
@@ -123,7 +105,7 @@ def per_sample_gradients(
 ):  # iterator over (block, {tensor: (n, ...)}); the last block is None: what lies outside
     "The gradients of all samples, one block at a time, without dropout."
     n, stack = len(batch.states), blocks(model.backbone)
-    with _still(model):
+    with in_mode(model, eager=True):
         pieces = windows_alike(batch, chunk, next(model.parameters()).device)
         passes = [_passes(model, piece) for _, piece in pieces]
         for i, block in enumerate(stack): yield i, _join(n, ((which, _block_gradients(block, *p[i])) for (which, _), p in zip(pieces, passes)))
@@ -171,7 +153,7 @@ def gradient_norms(
     if protocol == 'corrected' and of == 'samples':
         found = {(b, t): tensors.pop(t).flatten(1).norm(dim=1).double().cpu() for b, tensors in per_sample_gradients(model, batch, chunk=chunk) for t in list(tensors)}
         return _norm_table(list(found), torch.stack(list(found.values()), 1), max_grad_norm, protocol)
-    samples = [batch] if of == 'batch' else [take(batch, slice(i, i + 1)) for i in range(len(batch.states))]
+    samples = [batch] if of == 'batch' else [batch[i:i + 1] for i in range(len(batch.states))]
     norms = backward_passes(model, samples, lambda g: torch.stack([x.norm() for x in g.values()]).double().cpu(), training=protocol == 'paper' and not pretrained, seed=seed)
     return _norm_table(list(_places(model).values()), torch.stack(norms), max_grad_norm, protocol)
 
@@ -208,7 +190,7 @@ def _paper_cosines(model, batch, pretrained, max_grad_norm, seed):
     def clipped(g):
         whole = torch.stack([x.norm() for x in g.values()]).norm()
         return torch.cat([x.flatten() for k, x in g.items() if place[k][0] is not None]) * _clip(whole, max_grad_norm)
-    g = torch.stack(backward_passes(model, [take(batch, slice(i, i + 1)) for i in range(len(batch.states))], clipped, training=not pretrained, seed=seed))  # (n, entries)
+    g = torch.stack(backward_passes(model, [batch[i:i + 1] for i in range(len(batch.states))], clipped, training=not pretrained, seed=seed))  # (n, entries)
     norm = g.norm(dim=1)
     return (g @ g.T / (1e-6 + norm[:, None] * norm)).double().cpu()
 
