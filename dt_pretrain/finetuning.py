@@ -294,7 +294,7 @@ def _check_config(config):
         i = parse_initialisation(name)
         if not i.brings_architecture: continue
         adapter_of(found := read_config(i.source, config.scale, config.revision))
-        if config.block is not None and config.block >= found.num_hidden_layers: raise InputError('block', f'0 to {found.num_hidden_layers - 1}, the last one of {name}', config.block)
+        if config.block is not None and config.block >= found.num_hidden_layers: raise InputError('block', f'0 to {found.num_hidden_layers - 1}', config.block)
 
 def _check_same(run, progress):
     "Raise InputError if files of data or weights that a finished run was made from are there, and others now."
