@@ -42,6 +42,7 @@ def _finetune(args):
     print(run.metrics[['epoch', 'held_out_error', 'saturated', 'target_return', 'return_mean', 'score_mean']].round(3).to_string(index=False))
     print(run.path)
 
+# %% ../nbs/components/cli.ipynb #76892ec1
 @contextmanager
 def _ctrl_c_saves():
     "Where training listens to SIGTERM, Ctrl-C asks for the same: to save and stop."
@@ -50,6 +51,7 @@ def _ctrl_c_saves():
     try: yield
     finally: signal.signal(signal.SIGINT, before)
 
+# %% ../nbs/components/cli.ipynb #76892ec2
 def _values(pairs):
     "`name=value` pairs as a dict; values are read as TOML, and as text where they are none."
     import tomllib
@@ -124,6 +126,7 @@ def _folder(text):
     if not text: raise argparse.ArgumentTypeError('expected a folder, found nothing')
     return Path(text).expanduser()
 
+# %% ../nbs/components/cli.ipynb #ac6e8ac3
 def _parser():
     p = argparse.ArgumentParser('dt-pretrain', description='Why do transformers pre-trained on text fine-tune quickly to offline reinforcement learning?')
     p.add_argument('--version', action='version', version=__version__)

@@ -286,6 +286,7 @@ def _check_device(device):
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e: raise InputError('device', 'one that torch finds here, such as cpu', f'{device!r}: {str(e).splitlines()[0]}') from e
 
+# %% ../nbs/components/finetuning.ipynb #585c66c6
 def _check_config(config):
     "Raise InputError unless a configuration has no gaps, and the configurations of all pre-trained weights can be read and are of an architecture that we know."
     if resolve(config) != config: raise InputError('configuration', 'one without gaps, as from `make_config`', config)
@@ -296,12 +297,14 @@ def _check_config(config):
         adapter_of(found := read_config(i.source, config.scale, config.revision))
         if config.block is not None and config.block >= found.num_hidden_layers: raise InputError('block', f'0 to {found.num_hidden_layers - 1}', config.block)
 
+# %% ../nbs/components/finetuning.ipynb #585c66c7
 def _check_same(run, progress):
     "Raise InputError if files of data or weights that a finished run was made from are there, and others now."
     c = run.config
     if c.path is not None and Path(c.path).exists(): load_data(run, progress)
     if Path(c.initialisation).exists(): _check_start(run, describe(build_backbone(c)))
 
+# %% ../nbs/components/finetuning.ipynb #585c66c8
 def _check_start(run, about):
     "Raise InputError if weights that are read from a file are others than those that a run began with."
     c, known = run.config, run.manifest.get('backbone', about)

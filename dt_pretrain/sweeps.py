@@ -33,6 +33,7 @@ def sweep_file(
     "A sweep file."
     return Path(name) if '.' in str(name) else project_root() / 'nbs' / 'experiments' / 'sweeps' / f'{name}.toml'
 
+# %% ../nbs/components/sweeps.ipynb #a3eba931
 def sweep_content(
     path: Path,
 ) -> dict:  # `runs`: a list of tables; `report`, if it is there: whether a report makes these runs
@@ -44,6 +45,7 @@ def sweep_content(
     if not {'runs'} <= set(content) <= {'runs', 'report'} or type(content.get('report', True)) is not bool or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables): raise InputError(str(path), '[[runs]] tables, and nothing else but `report = false`', ', '.join(content) or 'nothing')
     return content
 
+# %% ../nbs/components/sweeps.ipynb #a3eba932
 def read_sweep(
     path: str | Path,          # a TOML file with `[[runs]]` tables, as in `sweep_file`
     preset: str,               # `smoke`, `mini` or `paper`
