@@ -290,7 +290,7 @@ def _check_device(device):
 def _check_config(config):
     "Raise InputError unless a configuration has no gaps, and the configurations of all pre-trained weights can be read and are of an architecture that we know."
     if resolve(config) != config: raise InputError('configuration', 'one without gaps, as from `make_config`', config)
-    if config.path is not None and not Path(config.path).exists(): raise InputError('path', 'a file or folder with data', f'nothing at {config.path}')
+    if config.path is not None and not Path(config.path).exists(): raise InputError('path', dict(minari='a Minari dataset', d4rl='a D4RL HDF5 file', hf='a local copy of the mirror')[config.source], f'nothing at {config.path}')
     for name in filter(None, (config.initialisation, config.donor)):
         i = parse_initialisation(name)
         if not i.brings_architecture: continue
