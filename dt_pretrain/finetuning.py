@@ -19,7 +19,7 @@ from .backbones import Architecture, adapter_of, describe, load_backbone, mixed_
 from .collection import load_trajectories
 from .decision_transformer import DecisionTransformer, action_error
 from .rollouts import rollout
-from .runs import Preempted, Run, Sigterm, check_weights, environment, load_tensors, load_weights, open_run
+from .runs import Preempted, Run, Sigterm, check_weights, environment, load_tensors, load_weights, open_run, run_folder
 from .setups import FinetuneConfig, make_config, resolve, windows_per_step
 from .tasks import InputError, get_task
 from .trajectories import ContextSampler, split_episodes
@@ -249,7 +249,7 @@ def finetune(
     "Fine-tune a Decision Transformer, or return the run if that was done before."
     device, goal = device or default_device(), config.epochs if until is None else min(until, config.epochs)
     if goal < 0: raise InputError('until', 'an epoch, 0 is before training', until)
-    _check_device(device); _check_config(config)  # before a folder is made
+    _check_device(device); _check_config(config, new=not run_folder(config, runs_dir).exists())  # before a folder is made
     with open_run(config, runs_dir, wait) as run, torch.random.fork_rng(), Sigterm() as sigterm:
         if run.status == 'finished' or (run.last_epoch is not None and run.last_epoch >= goal):
             _check_same(run, progress)
@@ -287,10 +287,10 @@ def _check_device(device):
     except (RuntimeError, AssertionError) as e: raise InputError('device', 'one that torch finds here, such as cpu', f'{device!r}: {str(e).splitlines()[0]}') from e
 
 # %% ../nbs/components/finetuning.ipynb #585c66c6
-def _check_config(config):
-    "Raise InputError unless a configuration has no gaps, and the configurations of all pre-trained weights can be read and are of an architecture that we know."
+def _check_config(config, new):
+    "Raise InputError unless a configuration has no gaps, the data of a new run are there, and the configurations of all pre-trained weights can be read and are of an architecture that we know."
     if resolve(config) != config: raise InputError('configuration', 'one without gaps, as from `make_config`', config)
-    if config.path is not None and not Path(config.path).exists(): raise InputError('path', dict(minari='a Minari dataset', d4rl='a D4RL HDF5 file', hf='a local copy of the mirror')[config.source], f'nothing at {config.path}')
+    if new and config.path is not None and not Path(config.path).exists(): raise InputError('path', dict(minari='a Minari dataset', d4rl='a D4RL HDF5 file', hf='a local copy of the mirror')[config.source], f'nothing at {config.path}')
     for name in filter(None, (config.initialisation, config.donor)):
         i = parse_initialisation(name)
         if not i.brings_architecture: continue

@@ -67,10 +67,10 @@ def command(said, *args):
     sys.exit(main([str(a) for a in args]))
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_sweep_that_is_stopped_can_go_on_and_leaves_no_process(sweep, tmp_path, signum, code):
+@pytest.mark.parametrize("signum, code, engine", [(signal.SIGINT, 130, "local"), (signal.SIGTERM, 143, "local"), (signal.SIGKILL, -9, "local"), (signal.SIGINT, 143, "here")])
+def test_a_sweep_that_is_stopped_can_go_on_and_leaves_no_process(sweep, tmp_path, signum, code, engine):
     path, _ = sweep(steps=3000, seeds=1)
-    args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--jobs", "1"
+    args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--jobs", "1", "--engine", engine
     process = processes.Process(target=command, args=(tmp_path / "said", *args))
     process.start()
     wait_for(lambda: under_way(tmp_path / "runs") or not process.is_alive())
