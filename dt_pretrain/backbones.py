@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['ADAPTERS', 'SHIPPED', 'HUB', 'CONTROLS', 'Adapter', 'register_adapter', 'adapter_of', 'NoPositions',
            'without_embeddings', 'blocks', 'site', 'Architecture', 'from_config', 'random_gpt2', 'record', 'in_mode',
-           'attention_weights', 'shipped_names', 'card', 'locate', 'read_config', 'load_pretrained', 'in_gpt2_blocks',
-           'permuted', 'moments', 'reinitialised', 'rescaled', 'mimetic', 'Initialisation', 'parse_initialisation',
-           'is_pretrained', 'load_backbone', 'weights_hash', 'describe', 'transplant', 'fast_bfloat16',
-           'mixed_precision', 'weight_per_block', 'initialisation_table']
+           'attention_weights', 'shipped_names', 'card', 'locate', 'check_source', 'read_config', 'load_pretrained',
+           'in_gpt2_blocks', 'permuted', 'moments', 'reinitialised', 'rescaled', 'mimetic', 'Initialisation',
+           'parse_initialisation', 'is_pretrained', 'load_backbone', 'weights_hash', 'describe', 'transplant',
+           'fast_bfloat16', 'mixed_precision', 'weight_per_block', 'initialisation_table']
 
 # %% ../nbs/components/backbones.ipynb #251b080c
 import difflib, hashlib, importlib.util, json, re
@@ -242,17 +242,30 @@ def _where(at):
     if 'gguf_file' in at: return str(Path(name) / at['gguf_file'])
     return f'{name} (local folder)' if Path(name).is_dir() else f'{name} (hub)'
 
+
+# %% ../nbs/components/backbones.ipynb #c12ba4e3
+def check_source(
+    source: str,                  # as in `locate`
+    scale: str = 'mini',
+    revision: str | None = None,
+):
+    "Raise InputError for weights that are not there, as far as can be said without asking the hub."
+    at = locate(source, scale, revision)
+    if 'gguf_file' in at: return _check_gguf(Path(_where(at)))
+    if Path(name := at['pretrained_model_name_or_path']).exists(): return
+    if name.startswith(('/', '.', '~')): raise InputError(name, 'a folder written by save_pretrained, or a GGUF file', 'nothing there')
+    if near := difflib.get_close_matches(name, ['random', 'mimetic', 'smollm2', *shipped_names()], cutoff=.8): raise InputError('initialisation', f'one like {near[0]!r}', repr(name))
+
+
+# %% ../nbs/components/backbones.ipynb #c12ba4e4
 def read_config(
     source: str,                  # as in `locate`
     scale: str = 'mini',
     revision: str | None = None,
 ):  # the `transformers` configuration
     "Configuration of pre-trained weights."
+    check_source(source, scale, revision)
     at = locate(source, scale, revision)
-    if 'gguf_file' not in at and not Path(name := at['pretrained_model_name_or_path']).exists():   # before the hub is asked
-        if name.startswith(('/', '.', '~')): raise InputError(name, 'a folder written by save_pretrained, or a GGUF file', 'nothing there')
-        if near := difflib.get_close_matches(name, ['random', 'mimetic', 'smollm2', *shipped_names()], cutoff=.8): raise InputError('initialisation', f'one like {near[0]!r}', repr(name))
-    if 'gguf_file' in at: _check_gguf(Path(_where(at)))
     try: return AutoConfig.from_pretrained(**at, trust_remote_code=False)
     except Exception as e:
         raise InputError(_where(at), f'one of {", ".join(["random", *shipped_names()])}, a folder written by save_pretrained, a GGUF file, or a model on the hub that can be reached (offline: download it where there is a network, `hf download ID --local-dir FOLDER`, and give the folder)', str(e).splitlines()[0]) from e

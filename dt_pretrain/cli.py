@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from . import __version__
-from .setups import PRESETS
 from .tasks import InputError, task_names
 
 # %% ../nbs/components/cli.ipynb #38d9404b
@@ -69,6 +68,7 @@ def _values(pairs):
 def _configs(args):
     "The runs that a sweep file asks for, and where they live."
     from dt_pretrain.runs import runs_folder
+    from dt_pretrain.setups import PRESETS
     from dt_pretrain.sweeps import read_sweep
     def at(preset): return read_sweep(args.file, preset, args.seeds, **({'task': args.task} if args.task else {}))
     def has(preset):
@@ -80,11 +80,13 @@ def _sweep(args):
     from dt_pretrain.collection import collected
     from dt_pretrain.report import checkout
     from dt_pretrain.runs import Sigterm
-    from dt_pretrain.sweeps import here, local, on_ray, run_sweep, status_text, sweep_status, time_limit
+    from dt_pretrain.sweeps import check_sources, here, local, on_ray, run_sweep, status_text, sweep_status, time_limit
     if args.engine != 'ray' and (args.address or args.gpus_per_run): raise InputError('--address' if args.address else '--gpus-per-run', 'none without --engine ray', args.address or args.gpus_per_run)
     configs, folder = _configs(args)
-    if args.dry_run: return print(_plan(configs, folder))
     engine = dict(local=lambda: local(args.jobs), here=here, ray=lambda: on_ray(args.address, args.gpus_per_run))[args.engine]()
+    if args.dry_run: print(_plan(configs, folder))
+    if args.engine != 'ray': check_sources(configs, folder)   # on a cluster they may be elsewhere
+    if args.dry_run: return
     notebook = None if args.engine == 'here' else checkout() / 'nbs' / 'experiments' / 'finetune.ipynb'
     with _ctrl_c_saves() if args.engine == 'here' else nullcontext(), Sigterm(), time_limit(args.minutes):
         for name, n in sorted({(c.task, c.n_steps) for c in configs if c.source == 'collect'}): collected(name, n)
@@ -134,7 +136,7 @@ def _parser():
     def command(name, func, help):
         c = sub.add_parser(name, help=help, description=help); c.set_defaults(func=func); return c
     def task(c): c.add_argument('--task', choices=task_names(), default='hopper-medium', help='environment and dataset (default: %(default)s)')
-    def preset(c): c.add_argument('--preset', choices=list(PRESETS), default='mini', help='scale: smoke takes seconds, mini minutes on two cores, paper a GPU (default: %(default)s)')
+    def preset(c): c.add_argument('--preset', default='mini', help='scale: smoke takes seconds, mini minutes on two cores, paper a GPU (default: %(default)s)')
     c = command('report', _report, 'collect data, run the experiments, execute the pages, render the site'); preset(c); task(c)
     c.add_argument('--seeds', type=int, help='seeds of every arm, instead of what the sweep files say')
     c.add_argument('--jobs', type=int, default=2, help='runs at a time (default: %(default)s)')
@@ -162,7 +164,7 @@ def _parser():
 
 # %% ../nbs/components/cli.ipynb #2f95fd80
 def _engine_options(c):
-    c.add_argument('--dry-run', action='store_true', help='print the table of runs with cost estimates, run nothing')
+    c.add_argument('--dry-run', action='store_true', help='print the table of runs with cost estimates and what would stop them at the start, run nothing')
     c.add_argument('--engine', choices=['local', 'here', 'ray'], default='local', help='this machine; this process, one run after the other, without notebooks; or a Ray cluster (default: %(default)s)')
     c.add_argument('--stride', type=int, metavar='EPOCHS', help='train all runs so far before any goes on (default: each to its end)')
     c.add_argument('--minutes', type=float, help='stop runs after so long, with their states saved; the same command goes on from there (default: no limit)')

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['sweep_file', 'sweep_content', 'read_sweep', 'operations', 'estimates', 'finished_runs', 'Job', 'plain', 'stop_all',
-           'local', 'here', 'pack', 'unpack', 'on_ray', 'run_sweep', 'time_limit', 'sweep_status', 'status_text']
+           'local', 'here', 'pack', 'unpack', 'on_ray', 'run_sweep', 'time_limit', 'sweep_status', 'status_text',
+           'check_sources']
 
 # %% ../nbs/components/sweeps.ipynb #ccec898e
 import importlib.util, io, itertools, os, re, shutil, signal, tarfile, tempfile, threading, time, tomllib, uuid
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 from tqdm.auto import tqdm
 
-from .backbones import locate, parse_initialisation, read_config
+from .backbones import check_source, locate, parse_initialisation, read_config
 from .execution import Execution, last_error
 from .finetuning import finetune
 from .runs import Preempted, Run, Sigterm, open_run, run_folder, take_over, whole_file
@@ -421,3 +422,13 @@ def status_text(
     shown = shown.to_string(index=False, float_format='{:.0f}'.format, na_rep='', max_colwidth=100)
     counts = ', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())
     return f'{shown}\n{len(table)} runs: {counts or "none"}; {table.seconds.sum() / 3600:.1f} hours so far'
+
+# %% ../nbs/components/sweeps.ipynb #0f3de551
+def check_sources(
+    configs: list[FinetuneConfig],
+    runs_dir: str | Path,
+):
+    "Raise InputError if weights that a run has still to start from are not there."
+    names = [(n, c) for c in configs if not Job(c, None, runs_dir).trained for n in (c.initialisation, c.donor) if n]
+    for wanted in dict.fromkeys((i.source, c.scale, c.revision) for n, c in names if (i := parse_initialisation(n)).brings_architecture): check_source(*wanted)
+

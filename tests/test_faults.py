@@ -508,6 +508,9 @@ MALFORMED = {
     "a name without a value": (FINETUNE + ["epochs"], "--set epochs: expected name=value, found no ="),
     "a value given twice": (FINETUNE + ["seed=1", "epochs=2", "--set", "seed=2"], "--set seed: expected one value, found another one: seed=2"),
     "a preset among the values": (FINETUNE + ["preset=mini"], "--set preset=mini: expected any other value: it has the option --preset"),
+    "a preset that nobody knows": (["finetune", "--preset", "huge"], "preset: expected one of smoke, mini, paper, found 'huge'"),
+    "a report of a preset that nobody knows": (["report", "--preset", "huge"], "preset: expected one of smoke, mini, paper, found 'huge'"),
+    "a status of a preset that nobody knows": (["status", "sanity", "--preset", "huge"], "preset: expected one of smoke, mini, paper, found 'huge'"),
     "a misspelt name": (FINETUNE + ["sead=3"], "'sead': expected one like 'seed', found an unknown name"),
     "an infinite learning rate": (FINETUNE + ["learning_rate=inf"], "learning_rate: expected at least 0, found inf"),
     "a learning rate that is not a number": (FINETUNE + ["learning_rate=nan"], "learning_rate: expected at least 0, found nan"),
@@ -545,8 +548,8 @@ def test_unwritable_cache(cli, top, monkeypatch):
 
 
 def test_unknown_choice_is_refused_by_the_parser(cli):
-    code, said = cli("report", "--preset", "huge")
-    assert "invalid choice: 'huge'" in said and code == 2
+    code, said = cli("report", "--task", "moonlander")
+    assert "invalid choice: 'moonlander'" in said and code == 2
 
 
 def test_the_installed_command_gives_no_traceback():

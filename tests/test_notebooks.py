@@ -85,6 +85,12 @@ def test_readme_is_made_from_index():
     assert (TOP / "README.md").read_text() == readme_from(TOP / "nbs" / "index.ipynb")
 
 
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from dt_pretrain.cli import _parser; _parser().format_help(); print(*sorted({'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TOP)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
 def test_core_modules_need_no_notebook_tooling_and_no_simulator():
     "On a GPU machine the package runs straight from the checkout."
     code = "import sys, dt_pretrain.finetuning, dt_pretrain.runs; print(*sorted({'IPython', 'nbdev', 'papermill', 'jupyter_client', 'nbformat', 'gymnasium', 'mujoco', 'minari', 'd4rl', 'matplotlib'} & set(sys.modules)))"

@@ -1,6 +1,7 @@
 "Sweeps on this machine and on a cluster whose machines die; what is left when somebody stops them."
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 import time
@@ -9,11 +10,12 @@ import psutil
 import pytest
 from soak import processes
 
+from dt_pretrain.backbones import SHIPPED
 from dt_pretrain.cli import main
 from dt_pretrain.collection import collected, load_trajectories
 from dt_pretrain.runs import find_runs, runs_folder
 from dt_pretrain.setups import make_config
-from dt_pretrain.sweeps import Job, estimates, finished_runs, here, local, on_ray, read_sweep, run_sweep, sweep_status
+from dt_pretrain.sweeps import Job, check_sources, estimates, finished_runs, here, local, on_ray, read_sweep, run_sweep, sweep_status
 from dt_pretrain.tasks import InputError
 from dt_pretrain.trajectories import write_minari
 
@@ -151,6 +153,32 @@ def test_status_and_plan(sweep, tmp_path, cli, capsys):
     assert "3 runs: " in capsys.readouterr().out
     finetune(configs[1], tmp_path / "runs", progress=False)
     assert sweep_status(configs[1:], tmp_path / "runs").state.to_list() == ["trained", "to do"]   # the error was of another attempt
+
+
+def test_what_would_fail_is_said_before(tmp_path, cli):
+    path, runs = tmp_path / "s.toml", tmp_path / "runs"
+    path.write_text('[[runs]]\ninitialisation = ["random", "langauge-permuted"]\nseeds = {smoke = 1}\n')
+    for more in ["--dry-run"], []:
+        code, said = cli("sweep", path, "--preset", "smoke", "--runs-dir", runs, *more)
+        assert (code, said) == (2, "dt-pretrain: initialisation: expected one like 'language', found 'langauge'\n")
+    code, said = cli("sweep", path, "--preset", "smoke", "--runs-dir", runs, "--dry-run", "--jobs", 0)
+    assert (code, said) == (2, "dt-pretrain: jobs: expected at least 1, found 0\n")
+    assert not runs.exists()
+
+
+def test_weights_and_donors_that_are_gone_are_missed_by_runs_to_come_alone(tmp_path):
+    from dt_pretrain.finetuning import finetune
+    collected("hopper-medium", 3000, progress=False)
+    at = shutil.copytree(SHIPPED / "synthetic-iid", tmp_path / "weights")
+    first, second = (make_config("smoke", initialisation=str(at), seed=s) for s in (0, 1))
+    given = make_config("smoke", donor=str(at), block=0)
+    finetune(first, tmp_path / "runs", progress=False)
+    check_sources([first, second, given], tmp_path / "runs")
+    shutil.rmtree(at)
+    check_sources([first], tmp_path / "runs")
+    for config in second, given:
+        with pytest.raises(InputError, match=f"{at}: expected a folder written by save_pretrained, or a GGUF file, found nothing there"):
+            check_sources([first, config], tmp_path / "runs")
 
 
 def test_a_relative_path_means_the_same_with_and_without_notebooks(tmp_path, notebook, monkeypatch):
