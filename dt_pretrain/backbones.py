@@ -499,7 +499,7 @@ def initialisation_table() -> pd.DataFrame:
         known = card(i.source) if i.source in shipped_names() else None
         knows = known['held_out_bits'] if known and not (i.control or i.in_gpt2) else dict(model=None, unigram=None)
         trained = known['source'] if known else 'nothing'
-        rows.append({'initialisation': name, 'trained on': f'{i.source}, {"then shuffled" if i.control == "permuted" else "then redrawn" if i.control else "in the wrong blocks"}' if known and (i.control or i.in_gpt2) else re.sub(r' [\d.]+(\+cpu)?(?=,|$)', '', trained),
+        rows.append({'initialisation': name, 'trained on': f'{i.source}, {"then shuffled" if i.control == "permuted" else "then redrawn" if i.control else "in the wrong blocks"}' if known and (i.control or i.in_gpt2) else re.sub(r' \d+(\.\d+){2,}(\+cpu)?(?=,|$)', '', trained),
                      'architecture': f'{body.config.model_type} {body.config.num_hidden_layers}x{body.config.hidden_size}', 'parameters': f'{sum(p.numel() for p in body.parameters()):,}',
                      'bits': knows['model'], 'unigram': knows['unigram'], 'weight': ' '.join(f'{v:.3f}' for v in weight_per_block(body))})
     return pd.DataFrame(rows)

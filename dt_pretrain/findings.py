@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of', 'measured', 'check_result', 'results_folder',
-           'write_result', 'read_results', 'earlier_results', 'spell', 'conclude']
+           'write_result', 'read_results', 'earlier_results', 'spell', 'share_before_training', 'other_verdict',
+           'conclude', 'words']
 
 # %% ../nbs/components/findings.ipynb #5127add6
 import dis, hashlib, inspect, json, math
@@ -218,6 +219,35 @@ def spell(
     if brief: return f"{mean} {f'[{low}, {high}]' if known else '(one seed)'}"
     return f"{mean} ({f'95 % interval {low} to {high}' if known else 'one seed, no interval'})"
 
+# %% ../nbs/components/findings.ipynb #0b559880
+def share_before_training(
+    effect: tuple,  # mean first: with the error before any training in it
+    later: tuple,   # without it
+) -> str:
+    "How much of a difference is there before any training, as the beginning of a sentence."
+    return ('All' if effect[0] * later[0] <= 0 else 'Part' if abs(later[0]) < abs(effect[0]) else 'None') + ' of that is there before any training'
+
+
+# %% ../nbs/components/findings.ipynb #0b559881
+def _too_small(claim, effect, beyond):
+    "Which part of an effect is smaller than what would matter, in words."
+    return 'it' if effect[0] < claim.smallest else 'what is left of it beyond the control' if beyond[0] < claim.smallest else ''
+
+def other_verdict(
+    number: int,     # of the claim
+    verdict: str,    # with the error before any training
+    effect: tuple,   # without it, as for `conclude`
+    beyond: tuple,
+    preset: str,
+) -> str:            # empty if the verdict stands
+    "What the rule says without the error before any training."
+    claim = CLAIMS[number]
+    other = judge(effect[:3], beyond[:3], claim.smallest, min(effect[3], beyond[3]), preset)
+    if other == verdict: return ''
+    what = _too_small(claim, effect, beyond) if other == 'supported' else ''
+    return f' The verdict hangs on the error before any training, which says what a body puts out and not how it learns: without it the rule would say *{other}*: {spell(effect, 3)}, and beyond the control {spell(beyond, 3)}{f", though {what} is smaller than what would matter" * bool(what)}.'
+
+
 # %% ../nbs/components/findings.ipynb #957fe99b
 def conclude(
     number: int,           # of the claim
@@ -228,13 +258,32 @@ def conclude(
     paper_protocol: str,   # what the paper's protocol gives on the same runs, in words
     summary: str,          # the answer, a sentence or two
     results_dir: str | Path | None = None,
+    after_start: tuple | None = None,   # effect and beyond once more, without the error before any training
 ) -> str:                  # Markdown
     "Judge a claim, write its result, return the box with the verdict."
     claim, seeds = CLAIMS[number], min(effect[3], beyond[3])
     verdict = judge(effect[:3], beyond[:3], claim.smallest, seeds, preset)
+    if after_start: summary += other_verdict(number, verdict, *after_start, preset)
     write_result(results_dir or results_folder(), number=number, claim=claim.title, verdict=verdict, effect=effect[0], interval=list(effect[1:3]), effect_unit=claim.effect, beyond=list(beyond[:3]),
                  seeds=seeds, preset=preset, task=task, published=claim.published, paper_protocol=paper_protocol, summary=summary)
-    what = 'it' if effect[0] < claim.smallest else 'what is left of it beyond the control' if beyond[0] < claim.smallest else ''
+    what = _too_small(claim, effect, beyond)
     small = f' It is there, but {what} is smaller than what we said would matter.' if verdict == 'supported' and what else ''
+    luck = ' An interval from two seeds hangs on how nearly two differences happen to agree.' if seeds == 2 else ''
     return (f'::: {{.verdict .{verdict.replace(" ", "-")}}}\n**{verdict.capitalize()}: {claim.title[0].lower() + claim.title[1:]}.** {summary}\n\n'
-            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {seeds} seeds, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}\n:::')
+            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {seeds} seeds, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}{luck}\n:::')
+
+# %% ../nbs/components/findings.ipynb #a7041f60
+def words(
+    top: str = '../',  # from the page to the top of the notebooks
+) -> str:              # Markdown, folded
+    "What the findings pages and home mean by their words."
+    return f"""<details><summary>Words on this page</summary>
+
+- *Random*, *language*, *image*, *synthetic-markov*: where the weights of the body, a transformer's blocks, come from: an initialisation, or [pre-training]({top}components/pretraining.ipynb) on text, on pictures, on sequences of a Markov chain. *Image-in-gpt2*: the image model's weights in GPT-2's blocks, as the paper loaded them. *Image-random*: an initialisation in the image model's blocks.
+- *Permuted*: the language model's numbers, shuffled inside each tensor. *Moments*: random numbers with each tensor's mean and standard deviation. [Controls]({top}components/backbones.ipynb#controls): neither has the language model's knowledge.
+- *Setup*: `paper` has what the published code has, a *tied head*, which reads actions off with the matrix that embeds them, and for random weights one attention head and ReLU. `controlled` has a *linear head*, which is a layer of its own, and the same architecture for all weights. [All differences]({top}components/setups.ipynb).
+- *K*: steps of context. *Held-out action error*: mean squared error of actions, whose range is -1 to 1, on episodes that were kept out of training. *Mean error over training*: that error over updates by the trapezoid rule, from before the first update on. *Saturated*: beyond 0.99 of an action's range, where the tanh lets little gradient through.
+- *Score*: D4RL's, 0 for a random policy and 100 for an expert. *Interval*: Student's, 95 %, over seeds of fine-tuning.
+
+</details>"""
+

@@ -335,10 +335,11 @@ def two_collections(
 def conditions_of(
     runs: pd.DataFrame,  # with `arm`, `seed`, `products` and `constant_error`, as from `compared`
     arms: list[str],     # in this order
-) -> str:                # such as 'bfloat16', if that goes for all, or 'float32 against bfloat16, two collections'
+) -> str:                # such as 'bfloat16', if that goes for all, or 'float32 against bfloat16, two collections', or 'bfloat16 and float32, in some seeds mixed'
     "In which formats runs that are compared were computed, and whether runs of the same seed learned from different collections of data."
     formats = [' and '.join(sorted(set(runs.products[runs.arm == a]))) for a in arms]
-    return (formats[0] if len(set(formats)) == 1 else ' against '.join(formats)) + ', two collections' * two_collections(runs[runs.arm.isin(arms)])
+    runs = runs[runs.arm.isin(arms)]; mixed = len(set(formats)) == 1 and bool(runs.groupby('seed').products.nunique().max() > 1)
+    return (formats[0] if len(set(formats)) == 1 else ' against '.join(formats)) + ', in some seeds mixed' * mixed + ', two collections' * two_collections(runs)
 
 # %% ../nbs/components/full_scale.ipynb #2eee4e83
 def read_kept(
@@ -578,8 +579,8 @@ def catching_up_sentence(
     "What `catching_up` says of two arms, seed by seed."
     try: runs = catching_up(metrics, head, of, over)
     except InputError: return ''
-    told = (f"{r.behind} weights end at {r.error_behind:.3f} and {r.ahead} ones at {r.error_ahead:.3f}, {r.apart:.3f} apart, where it was {r.apart_early:.3f} after {r.early:,} updates (seed {r.seed}; {r.ahead} ones had the other's last error {when_reached(r)})" for r in runs.itertuples())
-    return f"Trained longer, for {runs.updates.max():,} updates ({head} head, no context): {'; '.join(told)}."
+    told = (f"{r.ahead} weights are ahead by {r.apart:.3f} where it was {r.apart_early:.3f} after {r.early:,} (seed {r.seed}: {r.error_ahead:.3f} against {r.error_behind:.3f}, an error that they had {when_reached(r)})" for r in runs.itertuples())
+    return f"After {runs.updates.max():,} updates ({head} head, no context) {'; '.join(told)}."
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
 def inside_by_run(
