@@ -34,6 +34,7 @@ def learning_curves(
     "Curves over training, a thin line a seed and a thick one for their mean."
     missing = [c for c in (x, y, hue, 'seed') if c not in metrics]
     if missing or metrics.empty: raise InputError('metrics', f'rows with columns {x}, {y}, {hue}, seed', f'no {", ".join(missing) or "rows"}')
+    if (twice := metrics.duplicated([hue, 'seed', x])).any(): raise InputError('metrics', f'one run for each {hue} and seed', f'several at {x} {metrics[x][twice].iloc[0]:g} of {metrics[hue][twice].iloc[0]}, seed {metrics.seed[twice].iloc[0]}')
     ax, palette = ax or plt.gca(), palette or {k: COLOURS.get(k, f'C{i}') for i, k in enumerate(metrics[hue].unique())}
     sns.lineplot(metrics, x=x, y=y, hue=hue, palette=palette, units='seed', estimator=None, lw=.8, alpha=.5, legend=False, ax=ax)
     sns.lineplot(metrics, x=x, y=y, hue=hue, palette=palette, errorbar=None, lw=2.4, marker='o', ms=4, markeredgewidth=0, ax=ax)
@@ -43,7 +44,7 @@ def learning_curves(
 def published_dt(
     task: str,
     context_length: int,
-) -> pd.DataFrame:  # a row a publication: source, score (D4RL's references), spread, protocol
+) -> pd.DataFrame:  # a row a publication: source, score (D4RL's references), protocol
     "Published scores of DT from random weights, in D4RL's units."
     t, rows = get_task(task), published_scores().query('task == @task and initialisation == "random" and context_length == @context_length')
     def to_d4rl(score, reference):

@@ -78,13 +78,16 @@ def play(
 
 # %% ../nbs/components/full_scale.ipynb #acd8d02d
 @lru_cache(1)
-def _models(path, epoch, device):
-    "Of a run: before training, and after an epoch."
+def _loaded(path, epoch, device, stamp):
     return {when: load_model(Run(path), e).to(device) for when, e in (('before', 0), ('after', epoch))}
+
+def _models(run, epoch, device):
+    "A run's model before training and after an epoch, loaded once for all measures; again if the run was trained again."
+    return _loaded(run.path, epoch, device or default_device(), run.checkpoint_path(epoch).stat().st_mtime_ns)
 
 def _of_both(run, epoch, device, measure):
     "A measure's rows for both models."
-    return pd.concat([measure(model).assign(when=when) for when, model in _models(run.path, epoch, device or default_device()).items()], ignore_index=True).assign(run=run.path.name, epoch=epoch)
+    return pd.concat([measure(model).assign(when=when) for when, model in _models(run, epoch, device).items()], ignore_index=True).assign(run=run.path.name, epoch=epoch)
 
 def _shown(run, n, device, held_out=False):
     "The windows that all models are shown."
@@ -99,7 +102,7 @@ def measure_representations(
 ) -> pd.DataFrame:              # a row a block (-1: the embeddings) and token type: `cka`
     "How alike each block's output is before and after fine-tuning, at the last step."
     batch = _shown(run, windows, device)
-    before, after = (activations(m, batch) for m in _models(run.path, epoch, device or default_device()).values())
+    before, after = (activations(m, batch) for m in _models(run, epoch, device).values())
     return pd.DataFrame([dict(run=run.path.name, epoch=epoch, block=b, token_type=t, cka=linear_cka(before[b, s, t].cpu().numpy(), after[b, s, t].cpu().numpy())) for b, s, t in before])
 
 def measure_weights(
@@ -108,7 +111,7 @@ def measure_weights(
     device: str | None = None,  # the GPU by default if there is one
 ) -> pd.DataFrame:              # a row a tensor, as from `parameter_change`
     "How far each tensor of the backbone moved."
-    return parameter_change(*_models(run.path, epoch, device or default_device()).values()).assign(run=run.path.name, epoch=epoch)
+    return parameter_change(*_models(run, epoch, device).values()).assign(run=run.path.name, epoch=epoch)
 
 # %% ../nbs/components/full_scale.ipynb #594a796e
 def measure_gradients(

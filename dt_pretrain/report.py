@@ -7,7 +7,9 @@ __all__ = ['checkout', 'report_sweeps', 'all_runs', 'costs', 'tidied', 'execute_
 
 # %% ../nbs/components/report.ipynb #fd424625
 import json, posixpath, re, shutil, time
+from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -106,7 +108,7 @@ def run_page(
         if 'injected-parameters' in c.metadata.get('tags', []): c.source = re.sub(r'^runs_dir = .*\n?', '', c.source, flags=re.M)  # a path of the machine
         if c.cell_type == 'markdown': c.source = re.sub(r'\]\(([\w./]+)\.ipynb', lambda m: f']({posixpath.relpath("experiments/" + m[1], "runs/task")}.html', c.source)
     body, _ = HTMLExporter(template_name='basic', exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
-    return _PAGE.format(name=run.path.name, task=run.config.task, body=body)
+    return _PAGE.format(name=escape(run.path.name), task=run.config.task, body=body)
 
 # %% ../nbs/components/report.ipynb #e97fcb38
 def published(
@@ -131,7 +133,7 @@ def table_of_runs(
     "What was run, and how it ended."
     def row(run):
         c, m = run.config, run.metrics; last = m[m.epoch == m.epoch.max()].iloc[0]   # the main target return is the first
-        return dict(run=f'<a href="../runs/{run.name}.html">{run.path.name.split("-")[-1]}</a>', task=c.task, initialisation=c.initialisation, setup=c.setup, head=c.head, K=c.context_length, seed=c.seed,
+        return dict(run=f'<a href="../runs/{quote(run.name)}.html">{escape(run.path.name.split("-")[-1])}</a>', task=c.task, initialisation=escape(c.initialisation), setup=c.setup, head=c.head, K=c.context_length, seed=c.seed,
                     updates=c.epochs * c.steps_per_epoch, error=last.held_out_error, saturated=last.saturated, score=last.score_mean, minutes=run.manifest['seconds'] / 60)
     return pd.DataFrame(map(row, published(runs_dir)))
 
@@ -224,7 +226,8 @@ def _keep_page(nb, path):
     from nbdev.clean import clean_nb
     from execnb.nbio import write_nb
     for c in nb.cells: _same_ids(c)
-    clean_nb(nb, allowed_cell_metadata_keys=['tags']); write_nb(nb, path)
+    clean_nb(nb, allowed_cell_metadata_keys=['tags'])
+    with whole_file(path) as tmp: write_nb(nb, tmp)
 
 def _keep_readme(top, say):
     from dt_pretrain.site import readme_from

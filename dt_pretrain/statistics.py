@@ -42,6 +42,7 @@ def mean_of_last(
     most = 0 if trained.empty else groups.epoch.nunique().min()
     if not 1 <= k <= most: raise InputError('k, epochs to average over', f'1 to {most}, the epochs that each run has', k)
     if trained.duplicated(['run', 'target_return', 'epoch']).any(): raise InputError('metrics', 'a row for each run, target return and epoch', 'several')
+    if trained[column].isna().any(): raise InputError(f'metrics: {column}', 'numbers', 'NaN')
     return groups[column].apply(lambda x: x.tail(k).mean())
 
 # %% ../nbs/components/statistics.ipynb #e90a6cfd

@@ -296,7 +296,7 @@ def on_ray(
             for j in todo:
                 take_over(j.config, j.run.path)
                 packed = pack(j.run.path) if send and j.run.path.exists() else None
-                refs[task.remote(plain(j.config), j.notebook.read_text(encoding='utf-8'), str(j.notebook.resolve().parent), str(j.runs_dir), token.name, packed, j.parameters | ({} if gpus else dict(device='cpu')))] = j
+                refs[task.remote(plain(j.config), j.notebook.read_text(encoding='utf-8'), str(j.cwd or j.notebook.resolve().parent), str(j.runs_dir), token.name, packed, j.parameters | ({} if gpus else dict(device='cpu')))] = j
             while refs:
                 ended, _ = ray.wait(list(refs), num_returns=len(refs), timeout=1)
                 yield [_outcome(ray, ref, refs.pop(ref)) for ref in ended]
@@ -331,6 +331,7 @@ def _outcome(ray, ref, job):
     except ray.exceptions.RayError as e: error, packed = job.fail(last_error(str(e))), None
     if packed and not job.done:
         with open_run(job.config, job.runs_dir, wait=60) as run: unpack(packed, run.path)
+    if not error: (job.run.path / 'error.txt').unlink(missing_ok=True)   # of an earlier attempt
     return job, error
 
 # %% ../nbs/components/sweeps.ipynb #11da7786
@@ -350,7 +351,7 @@ def run_sweep(
     engine, failed = engine or local(jobs), {}
     todo = sorted((j for j in every if not j.done), key=lambda j: operations(j.config), reverse=True)
     if not todo: return [j.run for j in every]
-    with Sigterm() as sigterm, tqdm(total=sum(j.config.epochs * j.config.steps_per_epoch for j in todo), unit='step', disable=not progress) as bar:
+    with Sigterm() as sigterm, tqdm(total=sum(j.config.epochs * j.config.steps_per_epoch for j in todo), initial=sum(map(_steps, todo)), unit='step', disable=not progress) as bar:
         for stage in _stages(todo, stride):
             left = [j for j in stage if not j.done and j.run.name not in failed]
             if left: _work_off(left, engine, bar, failed, todo, sigterm)
@@ -379,7 +380,7 @@ def _stages(jobs, stride):
     "The jobs to the first goal, to the second, ...; each to its end where that comes first."
     if stride is None: yield jobs; return
     for goal in range(stride, max(j.config.epochs for j in jobs) + stride, stride):
-        yield [j if j.config.epochs <= goal else Job(j.config, j.notebook, j.runs_dir, until=goal) for j in jobs if j.config.epochs > goal - stride]
+        yield [j if j.config.epochs <= goal else Job(j.config, j.notebook, j.runs_dir, j.cwd, until=goal) for j in jobs if j.config.epochs > goal - stride]
 
 # %% ../nbs/components/sweeps.ipynb #91a9ab87
 def _work_off(jobs, engine, bar, failed, every, sigterm):

@@ -185,10 +185,11 @@ def test_a_relative_path_means_the_same_with_and_without_notebooks(tmp_path, not
     monkeypatch.chdir(tmp_path)
     write_minari(load_trajectories("hopper-medium", n_steps=3000), "data")
     monkeypatch.setenv("DT_PRETRAIN_RUNS", "here")
-    configs = [make_config("smoke", source="minari", path="data", seed=s) for s in (0, 1)]
+    configs = [make_config("smoke", source="minari", path="data", seed=s) for s in (0, 1, 2)]
     (a,) = run_sweep(configs[:1], notebook, "runs", jobs=1, progress=False)
-    (b,) = run_sweep(configs[1:], None, runs_folder(), progress=False, engine=here("cpu", progress=False))
-    assert (a.status, b.status) == ("finished", "finished") and b.path.is_relative_to(tmp_path / "here")
+    (b,) = run_sweep(configs[1:2], None, runs_folder(), progress=False, engine=here("cpu", progress=False))
+    (c,) = run_sweep(configs[2:], notebook, "runs", jobs=1, progress=False, stride=1)   # each stage, too
+    assert (a.status, b.status, c.status) == ("finished", "finished", "finished") and b.path.is_relative_to(tmp_path / "here")
 
 
 def test_an_estimate_survives_a_damaged_neighbour(sweep, tmp_path, monkeypatch, capsys):

@@ -77,7 +77,7 @@ def _stack(xs, debiased):
     if len({len(x) for x in xs.values()}) > 1: raise InputError('samples of each representation', 'as many in all', {k: len(x) for k, x in xs.items()})
     grams = (centred_gram(x, debiased, k) for k, x in xs.items())
     first = next(grams)
-    stacked = np.empty((len(xs), first.size), first.dtype)   # filled one by one, so that nothing is held twice
+    stacked = np.empty((len(xs), first.size), np.result_type(first, *(np.asarray(x) for x in xs.values())))   # filled one by one, so that nothing is held twice
     for row, gram in zip(stacked, chain([first], grams)): row[:] = gram.ravel()
     return stacked, list(xs)
 

@@ -200,8 +200,8 @@ def as_published_blocks(
     donor: str,
 ) -> pd.DataFrame:
     "The metrics with the whole pre-trained model as block 0 of its donor."
-    whole = metrics[metrics.donor.isna() & (metrics.initialisation == donor)]
+    is_whole = metrics.donor.isna() & (metrics.initialisation == donor)
+    whole, receivers = metrics[is_whole], metrics[~is_whole]
     if whole.empty: raise InputError(f'runs for block 0 of {donor} as published', f'some that start from the whole of {donor}', 'none')
-    receivers = metrics.drop(index=whole.index)
     receivers = receivers[~((receivers.donor == donor) & (receivers.block == 0))]
     return pd.concat([receivers, whole.assign(donor=donor, block=0)], ignore_index=True)

@@ -20,7 +20,7 @@ def backbone_tensors(
     "The parameters of a backbone."
     if isinstance(source, nn.Module): tensors = dict(getattr(source, 'backbone', source).named_parameters())
     else: tensors = {k.removeprefix('backbone.'): v for k, v in source.items() if k.startswith('backbone.') or not any(n.startswith('backbone.') for n in source)}
-    tensors = {k: v.detach().cpu() for k, v in tensors.items() if v.is_floating_point()}
+    tensors = {k: v.detach().to('cpu', copy=True) for k, v in tensors.items() if v.is_floating_point()}   # which training on does not change
     if not tensors: raise InputError('parameters of a backbone', 'at least one tensor', 'none')
     if bad := [k for k, v in tensors.items() if not v.isfinite().all()]: raise InputError(f'tensor {bad[0]}', 'finite numbers', 'NaN or infinite ones')
     return tensors
