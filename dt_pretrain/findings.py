@@ -161,15 +161,17 @@ def measured(
 # %% ../nbs/components/findings.ipynb #9dafa568
 VERDICTS = ('supported', 'not supported', 'inconclusive')
 _SCHEMA = dict(number=int, claim=str, verdict=str, effect=(int, float), interval=list, effect_unit=str, beyond=list, seeds=int, preset=str, task=str, published=str, paper_protocol=str, summary=str)
+_OPTIONAL = dict(premise=str)   # of finding 0: does pre-training help here at all?
 
 def check_result(
     result: dict,
     name: str = 'result',  # for error messages
 ):
-    "Raise InputError unless a result has all its fields, in the right types."
-    if not isinstance(result, dict) or set(result) != set(_SCHEMA): raise InputError(name, f'fields {", ".join(_SCHEMA)}', ', '.join(map(str, result)))
-    for field, kind in _SCHEMA.items():
-        if not isinstance(result[field], kind) or isinstance(result[field], bool): raise InputError(f'{name}: {field}', {int: 'a whole number', str: 'text', list: 'a list'}.get(kind, 'a number'), repr(result[field]))
+    "Raise InputError unless a result has all its fields, and no others than `premise`, in the right types."
+    if not isinstance(result, dict) or set(result) - set(_OPTIONAL) != set(_SCHEMA): raise InputError(name, f'fields {", ".join(_SCHEMA)}', ', '.join(map(str, result)))
+    for field, value in result.items():
+        kind = (_SCHEMA | _OPTIONAL)[field]
+        if not isinstance(value, kind) or isinstance(value, bool): raise InputError(f'{name}: {field}', {int: 'a whole number', str: 'text', list: 'a list'}.get(kind, 'a number'), repr(value))
     for field, choices in dict(verdict=VERDICTS, preset=tuple(PRESETS), task=tuple(task_names())).items():
         if result[field] not in choices: raise InputError(f'{name}: {field}', f'one of {", ".join(choices)}', repr(result[field]))
     if result['beyond'] and len(result['beyond']) != 3: raise InputError(f'{name}: beyond', 'mean, lower and upper end, or nothing', result['beyond'])
@@ -278,7 +280,7 @@ def conclude(
     small = f' It is there, but {what} is smaller than what we said would matter.' if verdict == 'supported' and what else ''
     luck = ' An interval from two seeds hangs on how nearly two differences happen to agree.' if seeds == 2 else ''
     return (f'::: {{.verdict .{verdict.replace(" ", "-")}}}\n**{verdict.capitalize()}: {claim.title[0].lower() + claim.title[1:]}.** {summary}\n\n'
-            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {seeds} seeds, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}{luck}\n:::')
+            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {seeds} seed{"s" * (seeds != 1)}, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}{luck}\n:::')
 
 # %% ../nbs/components/findings.ipynb #a7041f60
 def words(

@@ -317,7 +317,7 @@ def arm_of(
 ) -> str:
     "Name of the arm that a run belongs to."
     arm = _WEIGHTS.get(c.initialisation) or 'GPT-2, ' + ('1 head, ReLU, random' if c.setup == 'paper' else c.initialisation)
-    if c.donor is not None: arm += f', block {c.block + 1} {_WEIGHTS.get(c.donor, c.donor)}'
+    if c.donor is not None: arm += f', block {c.block} {_WEIGHTS.get(c.donor, c.donor)}'
     aside = {f'K={c.context_length}': c.context_length > 1, f'{windows_per_step(c)} windows': windows_per_step(c) != 64, 'long warm-up': c.warmup_steps > c.epochs * c.steps_per_epoch / 2, f'learning rate {c.learning_rate:g}': c.learning_rate != 1e-4}
     return ', '.join([arm, *(name for name, told in aside.items() if told)])
 
