@@ -8,6 +8,7 @@ __all__ = ['CLAIMS', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of
 # %% ../nbs/components/findings.ipynb #5127add6
 import dis, hashlib, inspect, json, math
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -161,13 +162,13 @@ def measured(
 # %% ../nbs/components/findings.ipynb #9dafa568
 VERDICTS = ('supported', 'not supported', 'inconclusive')
 _SCHEMA = dict(number=int, claim=str, verdict=str, effect=(int, float), interval=list, effect_unit=str, beyond=list, seeds=int, preset=str, task=str, published=str, paper_protocol=str, summary=str)
-_OPTIONAL = dict(premise=str)   # of finding 0: does pre-training help here at all?
+_OPTIONAL = dict(made=str, premise=str)   # the day that it was written; of finding 0: does pre-training help here at all?
 
 def check_result(
     result: dict,
     name: str = 'result',  # for error messages
 ):
-    "Raise InputError unless a result has all its fields, and no others than `premise`, in the right types."
+    "Raise InputError unless a result has all its fields, and no others than `made` and `premise`, in the right types."
     if not isinstance(result, dict) or set(result) - set(_OPTIONAL) != set(_SCHEMA): raise InputError(name, f'fields {", ".join(_SCHEMA)}', ', '.join(map(str, result)))
     for field, value in result.items():
         kind = (_SCHEMA | _OPTIONAL)[field]
@@ -190,7 +191,7 @@ def write_result(
     **result,  # see `check_result`
 ) -> Path:
     "Write a finding's result as `<number>.json`."
-    result = {k: [x if math.isfinite(x) else None for x in v] if isinstance(v, (list, tuple)) else v for k, v in result.items()}  # null: no bound is known
+    result = dict(made=f'{date.today()}') | {k: [x if math.isfinite(x) else None for x in v] if isinstance(v, (list, tuple)) else v for k, v in result.items()}  # null: no bound is known
     check_result(result)
     path = Path(folder) / f'{result["number"]}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,11 +232,11 @@ def spell(
 
 # %% ../nbs/components/findings.ipynb #0b559880
 def share_before_training(
-    effect: tuple,  # mean first: with the error before any training in it
-    later: tuple,   # without it
+    effect: tuple,  # mean first: from the error before any training on
+    later: tuple,   # from the end of the first epoch on
 ) -> str:
-    "How much of a difference is there before any training, as the beginning of a sentence."
-    return ('All' if effect[0] * later[0] <= 0 else 'Part' if abs(later[0]) < abs(effect[0]) else 'None') + ' of that is there before any training'
+    "How much of a difference comes from the first epoch, start included, as the beginning of a sentence."
+    return ('All' if effect[0] * later[0] <= 0 else 'Part' if abs(later[0]) < abs(effect[0]) else 'None') + ' of that comes from the first epoch'
 
 
 # %% ../nbs/components/findings.ipynb #0b559881
