@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of', 'package_code', 'measured', 'check_result',
-           'results_folder', 'write_result', 'read_results', 'earlier_results', 'spell', 'share_before_training',
+           'results_folder', 'write_result', 'read_results', 'earlier_results', 'spell', 'share_of_first_epoch',
            'other_verdict', 'conclude', 'words']
 
 # %% ../nbs/components/findings.ipynb #5127add6
@@ -231,7 +231,7 @@ def spell(
     return f"{mean} ({f'95 % interval {low} to {high}' if known else 'one seed, no interval'})"
 
 # %% ../nbs/components/findings.ipynb #0b559880
-def share_before_training(
+def share_of_first_epoch(
     effect: tuple,  # mean first: from the error before any training on
     later: tuple,   # from the end of the first epoch on
 ) -> str:
@@ -293,7 +293,7 @@ def words(
 - *Random*, *language*, *image*, *synthetic-markov*: where the weights of the body, a transformer's blocks, come from: an initialisation, or [pre-training]({top}components/pretraining.ipynb) on text, on pictures, on sequences of a Markov chain. *Image-in-gpt2*: the image model's weights in GPT-2's blocks, as the paper loaded them. *Image-random*: an initialisation in the image model's blocks.
 - *Permuted*: the language model's numbers, shuffled inside each tensor. *Moments*: random numbers with each tensor's mean and standard deviation. [Controls]({top}components/backbones.ipynb#controls): neither has the language model's knowledge.
 - *Setup*: `paper` has what the published code has, a *tied head*, which reads actions off with the matrix that embeds them, and for random weights one attention head and ReLU. `controlled` has a *linear head*, which is a layer of its own, and the same architecture for all weights. [All differences]({top}components/setups.ipynb).
-- *K*: steps of context. *Held-out action error*: mean squared error of actions, whose range is -1 to 1, on episodes that were kept out of training. *Mean error over training*: that error over updates by the trapezoid rule, from before the first update on. *Saturated*: beyond 0.99 of an action's range, where the tanh lets little gradient through.
+- *K*: steps of context. *Held-out action error*: mean squared error of actions, whose range is -1 to 1, on episodes that were kept out of training. *Mean error over training*: that error over updates by the trapezoid rule, from before the first update on. *Without the error before any training*: the same from the end of the first epoch on, so the updates of that epoch are left out, too. *Saturated*: beyond 0.99 of an action's range, where the tanh lets little gradient through.
 - *Score*: D4RL's, 0 for a random policy and 100 for an expert. *Interval*: Student's, 95 %, over seeds of fine-tuning.
 
 </details>"""
