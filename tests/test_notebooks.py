@@ -1,5 +1,6 @@
 "The notebooks are the source: they run, they are clean, and the package is what they export."
 import json
+import multiprocessing
 import os
 import re
 import statistics
@@ -17,16 +18,34 @@ COMPONENTS = [p for p in NOTEBOOKS if p.parent.name == "components"]
 name = lambda p: str(p.relative_to(TOP / "nbs"))  # noqa: E731
 
 
+FRESH = multiprocessing.get_context("forkserver")   # a process for each notebook, with slow imports done: they take longer than most notebooks
+FRESH.set_forkserver_preload(["transformers.models.gpt2.modeling_gpt2", "seaborn", "nbdev.test"])
+
+
 def code_cells(path):
     return [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
 
 
+def run_notebook(path, said):
+    "What `nbdev_test` does with a notebook."
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    os.chdir(TOP)
+    with said.open("w") as sys.stderr:
+        passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=TOP)
+    os._exit(0 if passed else 1)
+
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name in ("components", "guides")], ids=name)
-def test_notebook_runs(path):
+def test_notebook_runs(path, tmp_path):
     "Every cell of a component or guide runs: its examples and its tests."
-    command = [Path(sys.executable).with_name("nbdev_test"), "--path", path, "--n_workers", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=TOP)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    process = FRESH.Process(target=run_notebook, args=(path, tmp_path / "said"))
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.kill()
+    assert process.exitcode == 0, (tmp_path / "said").read_text()[-4000:]
 
 
 def files(folder, pattern):
