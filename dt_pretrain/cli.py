@@ -139,7 +139,7 @@ def _parser():
     def preset(c): c.add_argument('--preset', default='mini', help='scale: smoke takes seconds, mini minutes on two cores, paper a GPU (default: %(default)s)')
     c = command('report', _report, 'collect data, run the experiments, execute the pages, render the site'); preset(c); task(c)
     c.add_argument('--seeds', type=int, help='seeds of every arm, instead of what the sweep files say')
-    c.add_argument('--jobs', type=int, default=2, help='runs at a time (default: %(default)s)')
+    c.add_argument('--jobs', type=int, default=2, help='runs, and then pages, at a time (default: %(default)s)')
     c.add_argument('--no-site', action='store_true', help='execute the pages but do not render them')
     c = command('finetune', _finetune, 'one run: fine-tune a Decision Transformer'); preset(c); task(c)
     c.add_argument('--set', nargs='*', action='extend', default=[], metavar='name=value', help='any other value of the configuration, such as setup=paper context_length=1 seed=3')
