@@ -7,6 +7,7 @@ __all__ = ['checkout', 'report_sweeps', 'all_runs', 'costs', 'tidied', 'tidy', '
 
 # %% ../nbs/components/report.ipynb #fd424625
 import json, posixpath, re, shutil, time
+from contextlib import closing
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -149,9 +150,11 @@ def execute_pages(
     findings = [(page, {**parameters, 'results_dir': results}) for page in sorted((nbs / 'findings').glob('*.ipynb'))]
     others = [(nbs / 'index.ipynb', {'results_dir': results}), (nbs / 'experiments/runs.ipynb', {'runs_dir': parameters['runs_dir']})]
     for group in (findings, others):
-        for page, took in execute_notebooks([(p, new / p.relative_to(nbs), values) for p, values in group if p.exists()], jobs):
-            tidy(page); name = str(page.relative_to(new.resolve())); seconds[name] = took
-            say(f'executed {name} in {took:.0f} s, {len(seconds)} of {len(findings) + len(others)}')
+        todo = [(p, new / p.relative_to(nbs), values) for p, values in group if p.exists()]
+        with closing(execute_notebooks(todo, jobs)) as ended:   # whatever ends this, the others are stopped
+            for page, took in ended:
+                tidy(page); name = str(page.relative_to(new.resolve())); seconds[name] = took
+                say(f'executed {name} in {took:.0f} s, {len(seconds)} of {len(findings) + len(others)}')
     publish_runs(parameters['runs_dir'], new / 'runs')
     shutil.rmtree(out, ignore_errors=True); new.rename(out)
     return seconds
