@@ -265,9 +265,10 @@ def finetune(
         with tqdm(total=config.epochs * config.steps_per_epoch, initial=trainer.step, desc=run.path.name, unit='step', disable=not progress) as bar:
             try:
                 for epoch in range(0 if last is None else last + 1, goal + 1): _epoch(run, trainer, epoch, bar, seconds)
-            except Preempted: _stop(run, trainer, seconds)
-            except (FloatingPointError, OSError, RuntimeError) as e:   # torch's errors, such as too little memory, are RuntimeErrors
-                with suppress(OSError): run.note(status='failed', error=str(e))
+            except BaseException as e:
+                if sigterm.raised: _stop(run, trainer, seconds)   # whatever a library made of it
+                if isinstance(e, (FloatingPointError, OSError, RuntimeError)):   # torch's errors, such as too little memory, are RuntimeErrors
+                    with suppress(OSError): run.note(status='failed', error=str(e))
                 raise
     return run
 

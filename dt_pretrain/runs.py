@@ -252,15 +252,19 @@ class Preempted(SystemExit):
 
 class Sigterm:
     "While it is entered, SIGTERM raises Preempted, but not inside of `hold`."
-    def __init__(self): self.asked = self.holding = self.raised = False
+    def __init__(self): self.asked = self.holding = self.raised = False; self.again = None
     def __enter__(self):
         self.main = threading.current_thread() is threading.main_thread()  # others cannot have handlers
         if self.main:
             self.before = signal.signal(signal.SIGTERM, self._hear) or signal.SIG_DFL
             self.told, sys.unraisablehook = sys.unraisablehook, self._lost
         return self
-    def __exit__(self, *_):
-        if self.main: signal.signal(signal.SIGTERM, self.before); sys.unraisablehook = self.told
+    def __exit__(self, kind, error, _):
+        if not self.main: return
+        self.holding = True
+        if self.again: self.again.cancel(); self.again.join()
+        signal.signal(signal.SIGTERM, self.before); sys.unraisablehook = self.told
+        if isinstance(error, Exception) if self.raised else self.again and not error: raise Preempted from error
     def _hear(self, signum, frame):
         self.asked = True
         if isinstance(outer := getattr(self.before, '__self__', None), Sigterm): outer.asked = True
@@ -269,14 +273,14 @@ class Sigterm:
         raise Preempted
     def _lost(self, ignored):
         if not isinstance(ignored.exc_value, Preempted): return self.told(ignored)
-        self.raised = False
-        threading.Timer(.02, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        self.raised, self.again = False, threading.Timer(.02, os.kill, (os.getpid(), signal.SIGTERM))
+        self.again.start()
     @contextmanager
     def hold(self):
         self.holding = True
         try: yield
         finally: self.holding = False
-        if self.asked: raise Preempted
+        if self.asked: self.raised = True; raise Preempted
 
 # %% ../nbs/components/runs.ipynb #24d54625
 @patch

@@ -365,16 +365,17 @@ def time_limit(
     minutes: float | None,  # none: no limit
 ):
     "Inside of `Sigterm`: end the block after so long, as if by SIGTERM."
-    if minutes is not None and not 0 < 60 * minutes <= threading.TIMEOUT_MAX: raise InputError('minutes', f'above 0, and at most {threading.TIMEOUT_MAX / 60:.0f}', minutes)
+    if minutes is None: yield; return
+    if not 0 < 60 * minutes <= threading.TIMEOUT_MAX: raise InputError('minutes', f'above 0, and at most {threading.TIMEOUT_MAX / 60:.0f}', minutes)
     over = threading.Event()
     def end(): over.set(); os.kill(os.getpid(), signal.SIGTERM)
-    timer = threading.Timer(60 * (minutes or 0), end); timer.daemon = True
+    timer = threading.Timer(60 * minutes, end); timer.daemon = True
+    timer.start()
     try:
-        if minutes is not None: timer.start()
-        yield
+        try: yield
+        finally: timer.cancel(); timer.join()  # a signal on its way is heard in here
     except Preempted:
         if not over.is_set(): raise
-    finally: timer.cancel()
 
 def _stages(jobs, stride):
     "The jobs to the first goal, to the second, ...; each to its end where that comes first."

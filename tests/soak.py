@@ -23,8 +23,9 @@ PHASES = {"__init__": "setting up", "restore": "restoring", "train_step": "train
 NAMES = list(PHASES.values())
 
 # Processes are forked from a server that has imported everything: a start takes a moment instead of seconds, and a kill is as real.
+# There is one server, with one list, for all tests.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["dt_pretrain.finetuning", "gymnasium", "mujoco", "minari", "transformers.models.gpt2.modeling_gpt2"])
+processes.set_forkserver_preload(["dt_pretrain.finetuning", "gymnasium", "mujoco", "minari", "transformers.models.gpt2.modeling_gpt2", "seaborn", "nbdev.test"])
 
 
 def work(values, runs_dir, phase=None):

@@ -1,6 +1,5 @@
 "The notebooks are the source: they run, they are clean, and the package is what they export."
 import json
-import multiprocessing
 import os
 import re
 import statistics
@@ -11,15 +10,12 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from soak import processes
 
 TOP = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (TOP / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 COMPONENTS = [p for p in NOTEBOOKS if p.parent.name == "components"]
 name = lambda p: str(p.relative_to(TOP / "nbs"))  # noqa: E731
-
-
-FRESH = multiprocessing.get_context("forkserver")   # a process for each notebook, with slow imports done: they take longer than most notebooks
-FRESH.set_forkserver_preload(["transformers.models.gpt2.modeling_gpt2", "seaborn", "nbdev.test"])
 
 
 def code_cells(path):
@@ -39,7 +35,7 @@ def run_notebook(path, said):
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name in ("components", "guides")], ids=name)
 def test_notebook_runs(path, tmp_path):
     "Every cell of a component or guide runs: its examples and its tests."
-    process = FRESH.Process(target=run_notebook, args=(path, tmp_path / "said"))
+    process = processes.Process(target=run_notebook, args=(path, tmp_path / "said"))
     process.start()
     try:
         process.join()
