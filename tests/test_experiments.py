@@ -145,8 +145,9 @@ def test_full_scale_keeps_what_runs_have_measured(experiment, tmp_path):
     assert kept.groupby("run").epoch.max().to_dict() == {run_name(configs[0]): 2, run_name(configs[1]): 1}   # not the run before training
     assert read_kept(name="-play", folder=tmp_path / "kept").returns.str.len().to_list() == [2, 2]
     assert all(f"| hopper-medium | {run_name(c)} |" in (tmp_path / "kept/README.md").read_text() for c in configs[:2])
-    experiment("full_scale", runs_dir=str(tmp_path / "nowhere"), **given)
+    experiment("full_scale", runs_dir=str(tmp_path / "nowhere"), **given | dict(episodes=3))
     assert read_kept(folder=tmp_path / "kept").equals(kept)
+    assert "returns of 2 episodes" in (tmp_path / "kept/README.md").read_text()   # those that were played
 
 
 def test_kept_full_scale_results_belong_together():
