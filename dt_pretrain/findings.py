@@ -256,7 +256,7 @@ def other_verdict(
     other = judge(effect[:3], beyond[:3], claim.smallest, min(effect[3], beyond[3]), preset)
     if other == verdict: return ''
     what = _too_small(claim, effect, beyond) if other == 'supported' else ''
-    return f' The verdict hangs on the error before any training, which says what a body puts out and not how it learns: without it the rule would say *{other}*: {spell(effect, 3)}, and beyond the control {spell(beyond, 3)}{f", though {what} is smaller than what would matter" * bool(what)}.'
+    return f' The verdict hangs on the first epoch and the error before it: counted from the end of that epoch on, the rule would say *{other}*: {spell(effect, 3)}, and beyond the control {spell(beyond, 3)}{f", though {what} is smaller than what would matter" * bool(what)}.'
 
 
 # %% ../nbs/components/findings.ipynb #957fe99b

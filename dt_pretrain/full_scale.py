@@ -582,10 +582,10 @@ def rates_sentence(
     except InputError: return ''
     best, tried = best_rates(runs), sorted(runs.rate.unique())
     chosen = runs[runs.rate == runs.weights.map(best)].set_index(['weights', 'seed']); effect = paired_difference(chosen.area, 'random', 'language')
-    ends = chosen.error.groupby('weights').mean(); edge = [w for w in best.index if best[w] in (tried[0], tried[-1])]
+    ends, guess = chosen.error.groupby('weights').mean(), chosen.constant_error.mean(); edge = [w for w in best.index if best[w] in (tried[0], tried[-1])]
     beyond = f"; for {' and '.join(edge)} weights that is the last rate tried on its side, so the best may lie beyond" * bool(edge)
     return (f"With the best of {len(tried)} learning rates for each (language {best['language']:g}, random {best['random']:g}) the mean error over training, without the error before any training, is {spell_advantage(effect)} from language weights than from random ones; "
-            f"at the end it is {ends['language']:.3f} against {ends['random']:.3f} ({head} head, no context, {runs.updates.max()} updates, {effect[3]} seed{'s' * (effect[3] > 1)}{beyond}).")
+            f"at the end it is {ends['language']:.3f} against {ends['random']:.3f}{f', where a constant guess has {guess:.3f}' * bool(ends.min() > guess)} ({head} head, no context, {runs.updates.max()} updates, {effect[3]} seed{'s' * (effect[3] > 1)}{beyond}).")
 
 # %% ../nbs/components/full_scale.ipynb #55df9ec2
 def context_sentence(
@@ -618,8 +618,9 @@ def catching_up_sentence(
     "What `catching_up` says of two arms, seed by seed."
     try: runs = catching_up(metrics, head, of, over)
     except InputError: return ''
-    told = (f"{r.ahead} weights are ahead by {r.apart:.3f} where it was {r.apart_early:.3f} after {r.early:,} (seed {r.seed}: {r.error_ahead:.3f} against {r.error_behind:.3f}, an error that they had {when_reached(r)})" for r in runs.itertuples())
-    return f"After {runs.updates.max():,} updates ({head} head, no context) {'; '.join(told)}."
+    guess = metrics.constant_error.iloc[0]
+    told = (f"in seed {r.seed} {r.ahead} weights end at {r.error_ahead:.3f} and {r.behind} ones at {r.error_behind:.3f}{f' (both worse than a constant guess, {guess:.2f})' * bool(r.error_ahead > guess)}, an error that {r.ahead} weights had {when_reached(r)}; the gap was {r.apart_early:.3f} after {r.early:,} updates, now {r.apart:.3f}" for r in runs.itertuples())
+    return f"After {runs.updates.max():,} updates ({head} head, no context): {'. And '.join(told)}."
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
 def inside_by_run(
