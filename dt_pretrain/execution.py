@@ -157,5 +157,6 @@ def execute_notebooks(
                 yield ended.target, time.time() - start
             time.sleep(.1)
     finally:
-        for e, _ in live: e.process.terminate()
-        for e, _ in live: e.stop()
+        for e, _ in live:
+            if e.process.poll() is None: e.process.terminate()
+        for e, _ in live: e.end() if e.process.poll() == 0 else e.stop()

@@ -19,7 +19,7 @@ from .backbones import Architecture, adapter_of, describe, load_backbone, mixed_
 from .collection import load_trajectories
 from .decision_transformer import DecisionTransformer, action_error
 from .rollouts import rollout
-from .runs import Preempted, Run, Sigterm, check_weights, environment, load_tensors, load_weights, open_run, run_folder
+from .runs import Preempted, Run, Sigterm, check_weights, environment, load_tensors, load_weights, open_run, run_folder, was_preempted
 from .setups import FinetuneConfig, make_config, resolve, windows_per_step
 from .tasks import InputError, get_task
 from .trajectories import ContextSampler, split_episodes
@@ -266,7 +266,7 @@ def finetune(
             try:
                 for epoch in range(0 if last is None else last + 1, goal + 1): _epoch(run, trainer, epoch, bar, seconds)
             except BaseException as e:
-                if sigterm.raised: _stop(run, trainer, seconds)   # whatever a library made of it
+                if was_preempted(e): _stop(run, trainer, seconds)
                 if isinstance(e, (FloatingPointError, OSError, RuntimeError)):   # torch's errors, such as too little memory, are RuntimeErrors
                     with suppress(OSError): run.note(status='failed', error=str(e))
                 raise

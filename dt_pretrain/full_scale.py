@@ -85,6 +85,7 @@ def _models(run, epoch, device):
     "A run's model before training and after an epoch, loaded once for all measures; again if the run was trained again."
     return _loaded(run.path, epoch, device or default_device(), run.checkpoint_path(epoch).stat().st_mtime_ns)
 
+# %% ../nbs/components/full_scale.ipynb #acd8d02e
 def _of_both(run, epoch, device, measure):
     "A measure's rows for both models."
     return pd.concat([measure(model).assign(when=when) for when, model in _models(run, epoch, device).items()], ignore_index=True).assign(run=run.path.name, epoch=epoch)
@@ -336,6 +337,7 @@ def two_collections(
     "Whether runs of the same seed learned from different collections of data."
     return bool(runs.groupby('seed').constant_error.nunique().max() > 1)
 
+# %% ../nbs/components/full_scale.ipynb #a7c0c859
 def conditions_of(
     runs: pd.DataFrame,  # with `arm`, `seed`, `products` and `constant_error`, as from `compared`
     arms: list[str],     # in this order
@@ -560,19 +562,22 @@ def rates_tried(
     least: int = 600,                # updates that a run must have to count
     since: int = 1,                  # first epoch whose error counts in the area
 ) -> pd.DataFrame:                   # as from `compared`, with `weights` and `rate`
-    "Runs that differ in weights and learning rate, at every rate that all weights were trained with; alike in seeds and updates. Raises InputError unless there are two such rates."
+    "Runs that differ in weights and learning rate, at every rate that all weights were trained with from two seeds; alike in seeds and updates. Raises InputError unless there are two such rates."
     there = metrics[(metrics['head'] == head) & (metrics.groupby('run').step.transform('max') >= max(1, least))]
     parts = pd.DataFrame([(a, w, float(rate or USUAL_RATE)) for a in there.arm.unique() for w, _, rate in [a.partition(', learning rate ')]], columns=['arm', 'weights', 'rate'])
-    parts = parts[parts.weights.isin(weights)]; parts = parts[parts.groupby('rate').arm.transform('size') == len(weights)]
-    if parts.rate.nunique() < 2: raise InputError(f'runs of {", ".join(weights)} with a {head} head and at least {max(1, least)} updates', 'two learning rates or more', parts.rate.nunique())
+    seeds = there.groupby('arm').seed.unique().map(set)
+    parts = parts[parts.weights.isin(weights)]; parts = parts.groupby('rate').filter(lambda p: len(p) == len(weights) and len(set.intersection(*seeds[p.arm])) >= 2)
+    if parts.rate.nunique() < 2: raise InputError(f'runs of {", ".join(weights)} with a {head} head and at least {max(1, least)} updates', 'two learning rates or more with two seeds or more', parts.rate.nunique())
     return compared(metrics, head, parts.arm.to_list(), least, since).merge(parts, on='arm')
 
+# %% ../nbs/components/full_scale.ipynb #cfb47d84
 def best_rates(
     runs: pd.DataFrame,  # from `rates_tried`
 ) -> pd.Series:          # by weights
     "The learning rate with the lowest mean error over training, in the mean over seeds."
     return runs.groupby(['weights', 'rate']).area.mean().unstack().idxmin(axis=1)
 
+# %% ../nbs/components/full_scale.ipynb #cfb47d85
 def rates_sentence(
     metrics: pd.DataFrame,
     head: str = 'linear',
@@ -584,8 +589,9 @@ def rates_sentence(
     chosen = runs[runs.rate == runs.weights.map(best)].set_index(['weights', 'seed']); effect = paired_difference(chosen.area, 'random', 'language')
     ends, guess = chosen.error.groupby('weights').mean(), chosen.constant_error.mean(); edge = [w for w in best.index if best[w] in (tried[0], tried[-1])]
     beyond = f"; for {' and '.join(edge)} weights that is the last rate tried on its side, so the best may lie beyond" * bool(edge)
-    return (f"With the best of {len(tried)} learning rates for each (language {best['language']:g}, random {best['random']:g}) the mean error over training, without the error before any training, is {spell_advantage(effect)} from language weights than from random ones; "
-            f"at the end it is {ends['language']:.3f} against {ends['random']:.3f}{f', where a constant guess has {guess:.3f}' * bool(ends.min() > guess)} ({head} head, no context, {runs.updates.max()} updates, {effect[3]} seed{'s' * (effect[3] > 1)}{beyond}).")
+    where = conditions_of(chosen.reset_index().assign(arm=lambda d: d.weights), ['language', 'random'])
+    return (f"With the best of {len(tried)} learning rates for each (chosen by these errors: language {best['language']:g}, random {best['random']:g}) the mean error over training, without the error before any training, is {spell_advantage(effect)} from language weights than from random ones; "
+            f"at the end it is {ends['language']:.3f} against {ends['random']:.3f}{f', where a constant guess has {guess:.3f}' * bool(ends.min() > guess)} ({head} head, no context, {runs.updates.max()} updates, {effect[3]} seed{'s' * (effect[3] > 1)}; {where}{beyond}).")
 
 # %% ../nbs/components/full_scale.ipynb #55df9ec2
 def context_sentence(

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['ADDED', 'whole_file', 'save_tensors', 'load_tensors', 'Run', 'read_table', 'check_weights', 'load_weights',
-           'runs_folder', 'run_folder', 'environment', 'Preempted', 'Sigterm', 'take_over', 'open_run', 'find_runs']
+           'runs_folder', 'run_folder', 'environment', 'Preempted', 'was_preempted', 'Sigterm', 'take_over', 'open_run',
+           'find_runs']
 
 # %% ../nbs/components/runs.ipynb #6dd565fa
 import json, os, platform, re, shutil, signal, subprocess, sys, threading, warnings
@@ -250,37 +251,46 @@ class Preempted(SystemExit):
         super().__init__(message)
         self.code = 143
 
+def was_preempted(
+    error: BaseException | None,
+) -> bool:
+    "Whether an exception is Preempted, or was raised from it."
+    while error is not None and not isinstance(error, Preempted): error = error.__cause__
+    return error is not None
+
+# %% ../nbs/components/runs.ipynb #86cd046f
 class Sigterm:
     "While it is entered, SIGTERM raises Preempted, but not inside of `hold`."
-    def __init__(self): self.asked = self.holding = self.raised = False; self.again = None
+    def __init__(self): self.asked = self.holding = self.raised = self.lost = False; self.again = None
     def __enter__(self):
         self.main = threading.current_thread() is threading.main_thread()  # others cannot have handlers
         if self.main:
-            self.before = signal.signal(signal.SIGTERM, self._hear) or signal.SIG_DFL
-            self.told, sys.unraisablehook = sys.unraisablehook, self._lost
+            self.before, self.told = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL, sys.unraisablehook
+            sys.unraisablehook = self._ignored; signal.signal(signal.SIGTERM, self._hear)
         return self
     def __exit__(self, kind, error, _):
         if not self.main: return
-        self.holding = True
+        heard, self.holding = self.asked, True
         if self.again: self.again.cancel(); self.again.join()
         signal.signal(signal.SIGTERM, self.before); sys.unraisablehook = self.told
-        if isinstance(error, Exception) if self.raised else self.again and not error: raise Preempted from error
+        if was_preempted(error) if isinstance(error, Exception) else not error and (self.lost or self.asked > heard): raise Preempted from error
     def _hear(self, signum, frame):
         self.asked = True
         if isinstance(outer := getattr(self.before, '__self__', None), Sigterm): outer.asked = True
-        if self.raised or self.holding: return
-        self.raised = True
-        raise Preempted
-    def _lost(self, ignored):
+        if not (self.raised or self.holding): self._raise()
+    def _raise(self): self.raised, self.lost = True, False; raise Preempted
+    def _ignored(self, ignored):
         if not isinstance(ignored.exc_value, Preempted): return self.told(ignored)
-        self.raised, self.again = False, threading.Timer(.02, os.kill, (os.getpid(), signal.SIGTERM))
-        self.again.start()
+        self.lost, again = True, threading.Timer(.02, self._send)
+        again.start(); self.again = again
+    def _send(self):
+        if self.lost: self.raised = False; os.kill(os.getpid(), signal.SIGTERM)
     @contextmanager
     def hold(self):
         self.holding = True
         try: yield
         finally: self.holding = False
-        if self.asked: self.raised = True; raise Preempted
+        if self.asked: self._raise()
 
 # %% ../nbs/components/runs.ipynb #24d54625
 @patch

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .backbones import check_source, locate, parse_initialisation, read_config
 from .execution import Execution, last_error
 from .finetuning import finetune
-from .runs import Preempted, Run, Sigterm, open_run, run_folder, take_over, whole_file
+from .runs import Run, Sigterm, open_run, run_folder, take_over, was_preempted, whole_file
 from .setups import PRESETS, FinetuneConfig, make_config, run_name, windows_per_step
 from .tasks import InputError, project_root
 
@@ -374,8 +374,8 @@ def time_limit(
     try:
         try: yield
         finally: timer.cancel(); timer.join()  # a signal on its way is heard in here
-    except Preempted:
-        if not over.is_set(): raise
+    except BaseException as e:
+        if not (over.is_set() and was_preempted(e)): raise
 
 def _stages(jobs, stride):
     "The jobs to the first goal, to the second, ...; each to its end where that comes first."

@@ -57,6 +57,8 @@ def telling(method, name, phase):
 
 
 def start(runs_dir, phase=None, values=VALUES):
+    if phase:
+        phase.value = 0   # where the one before was killed
     process = processes.Process(target=work, args=(values, str(runs_dir), phase))
     process.start()
     return process

@@ -27,8 +27,9 @@ def run_notebook(path, said):
     from nbdev.config import get_config
     from nbdev.test import test_nb
     os.chdir(TOP)
-    with said.open("w") as sys.stderr:
-        passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=TOP)
+    sys.stderr = said.open("w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
+    passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=TOP)
     os._exit(0 if passed else 1)
 
 
