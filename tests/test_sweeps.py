@@ -93,14 +93,16 @@ def test_a_sweep_in_pieces_without_notebooks_ends_the_same(sweep, tmp_path):
     "Two seconds at a time, an epoch of each run in turn, as on a machine that is lent."
     from dt_pretrain.finetuning import finetune
     path, configs = sweep(steps=250, seeds=2)
-    args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--engine", "here", "--stride", "1", "--minutes", "0.04"
-    seen = []
+    args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--engine", "here", "--stride", "1"
+    seen, minutes = [], 0.04
     while not seen or set(seen[-1].state) != {"trained"}:
-        piece = processes.Process(target=command, args=(tmp_path / "said", *args))
+        piece = processes.Process(target=command, args=(tmp_path / "said", *args, "--minutes", minutes))
         piece.start()
         piece.join()
         assert piece.exitcode == 0 and "Traceback" not in (tmp_path / "said").read_text()
         seen.append(sweep_status(configs, tmp_path / "runs"))
+        if len(seen) > 1 and seen[-1].equals(seen[-2]):
+            minutes *= 2   # the machine is too busy to get anything done in so short a time
         assert len(seen) < 50
     assert len(seen) > 2                                                       # it was in pieces
     epochs = [s.epoch.str[0].astype(int) for s in seen]
