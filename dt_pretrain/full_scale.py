@@ -6,9 +6,10 @@ __all__ = ['USUAL_RATE', 'DONORS', 'SQUARE', 'SMOLLM2_ARMS', 'LEADS', 'kept_fold
            'linear_r2', 'measure_probe', 'inside', 'with_kept', 'kept_at', 'set_aside', 'keep_runs', 'train_and_keep',
            'add_kept', 'arm_of', 'product_format', 'two_collections', 'conditions_of', 'read_kept', 'kept_tasks',
            'compared', 'advantage', 'full_scale_verdict', 'catching_up', 'tasks_compared', 'blocks_compared',
-           'size_effects', 'made_twice', 'spell_advantage', 'after_start_text', 'better_text', 'size_sentence',
-           'rates_tried', 'best_rates', 'rates_sentence', 'context_sentence', 'when_reached', 'catching_up_sentence',
-           'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
+           'size_effects', 'made_twice', 'spell_advantage', 'after_start_text', 'by_arm_text', 'better_text',
+           'size_sentence', 'rates_tried', 'best_rates', 'rates_sentence', 'context_sentence', 'when_reached',
+           'catching_up_sentence', 'got_out', 'long_runs_sentence', 'inside_by_run', 'lead', 'lead_text',
+           'gradients_text', 'past_text', 'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -528,6 +529,14 @@ def after_start_text(
     if later['verdict'] == verdict['verdict']: return ''
     return f"Without the error before any training it would be {later['verdict']}: {spell_advantage(later['effect'])} than from random weights, {spell_advantage(later['beyond'])} than from permuted ones."
 
+# %% ../nbs/components/full_scale.ipynb #5a0d1e04
+def by_arm_text(
+    values: dict,   # of each arm
+    form: str = '', # as in a format string
+) -> str:
+    "A value an arm."
+    return ', '.join(f'{arm} {v:{form}}' for arm, v in values.items())
+
 # %% ../nbs/components/full_scale.ipynb #7783f9e4
 def better_text(
     verdict: dict,  # from `full_scale_verdict`
@@ -536,7 +545,7 @@ def better_text(
     found, n = verdict['better'], verdict['seeds']
     if not sum(found.values()): return 'No run ends better than a constant guess.'
     if all(k == n for k in found.values()): return 'All runs end better than a constant guess.'
-    return f"Better than a constant guess end: {', '.join(f'{arm} {k} of {n}' for arm, k in found.items())}."
+    return f"Better than a constant guess end: {by_arm_text({arm: f'{k} of {n}' for arm, k in found.items()})}."
 
 # %% ../nbs/components/full_scale.ipynb #cfb47d82
 def size_sentence(
@@ -627,6 +636,33 @@ def catching_up_sentence(
     guess = metrics.constant_error.iloc[0]
     told = (f"in seed {r.seed} {r.ahead} weights end at {r.error_ahead:.3f} and {r.behind} ones at {r.error_behind:.3f}{f' (both worse than a constant guess, {guess:.2f})' * bool(r.error_ahead > guess)}, an error that {r.ahead} weights had {when_reached(r)}; the gap was {r.apart_early:.3f} after {r.early:,} updates, now {r.apart:.3f}" for r in runs.itertuples())
     return f"After {runs.updates.max():,} updates ({head} head, no context): {'. And '.join(told)}."
+
+# %% ../nbs/components/full_scale.ipynb #5a0d1e02
+def got_out(
+    metrics: pd.DataFrame,  # from `read_kept`
+    head: str,
+    arms: list[str],
+    least: int = 0,         # updates that a run must have to count
+) -> dict[str, int]:        # of each arm
+    "How many runs have fewer saturated outputs at the end of a comparison than before training."
+    runs = compared(metrics, head, arms, least)
+    saturated = metrics[metrics.run.isin(runs.run)].pivot(index='run', columns='step', values='saturated')
+    out = saturated[runs.updates.max()] < saturated[0]
+    return runs.run.map(out).groupby(runs.arm).sum()[arms].to_dict()
+
+# %% ../nbs/components/full_scale.ipynb #5a0d1e03
+def long_runs_sentence(
+    metrics: pd.DataFrame,  # from `read_kept`
+    head: str,
+    least: int = 2000,      # updates that a run must have to count
+) -> str:                   # empty if no such runs were trained long enough
+    "Finding 5's verdict on the runs that went on for long and, with the tied head, how many got out of saturation."
+    try: v = full_scale_verdict(metrics, head, least)
+    except InputError: return ''
+    n = v['seeds']
+    out = f"Of {n} run{'s' * (n > 1)} each, fewer outputs are saturated than before training in {by_arm_text(got_out(metrics, head, list(v['errors']), least))}. " * (head == 'tied')
+    return (f"After {v['updates']:,} updates ({n} seed{'s' * (n > 1)}, {head} head) the mean error over training is {spell_advantage(v['effect'], brief=True)} from language weights than from random ones and {spell_advantage(v['beyond'], brief=True)} than from permuted ones: {v['verdict']}. "
+            f"{out}At the end errors are {by_arm_text(v['errors'], '.2f')}; a constant guess has {v['constant']:.2f}. {better_text(v)}")
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
 def inside_by_run(
