@@ -660,7 +660,7 @@ def left_saturation_sentence(
     try: runs = compared(metrics, 'tied', COMPARED, least)
     except InputError: return ''
     out, n = got_out(metrics, 'tied', COMPARED, least), runs.seed.nunique()
-    return f"After {runs.updates.max():,} updates in SmolLM2's body language weights have left the saturation of the tied head in {out['language']} of {n} seeds, random ones in {out['random']} and permuted ones in {out['language-permuted']}."
+    return f"After {runs.updates.max():,} updates in SmolLM2's body the tied head has fewer saturated outputs than before training in {out['language']} of {n} seeds from language weights, in {out['random']} from random ones and in {out['language-permuted']} from permuted ones."
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e05
 def long_runs_sentence(

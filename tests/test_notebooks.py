@@ -113,3 +113,17 @@ def test_core_modules_need_no_notebook_tooling_and_no_simulator():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TOP, env={**os.environ, "PYTHONPATH": str(TOP)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+def test_pages_show_the_large_runs_that_are_kept(tmp_path):
+    "Page 5's cells that rest on results/full-scale alone, executed again, say what the saved page says (else: `dt-pretrain refresh`)."
+    from dt_pretrain.report import refresh_page, tagged
+
+    saved = TOP / "nbs/findings/5_no_context.ipynb"
+    again = tmp_path / saved.name
+    again.write_text(saved.read_text())
+    for part in ("settings.ini", "results"):
+        (tmp_path / part).symlink_to(TOP / part)
+    assert refresh_page(again, tmp_path / "refreshed") > 3
+    table, renewed = ({c.id: c.outputs for c in tagged(code_cells(p), "kept")} for p in (saved, again))
+    assert table == renewed and any("inconclusive" in json.dumps(o) or "supported" in json.dumps(o) for o in table.values())
