@@ -656,9 +656,10 @@ def left_saturation_sentence(
     told = []
     for n in lengths:
         with suppress(InputError):
-            runs = metrics[metrics.step <= n]; seeds = compared(runs, 'tied', COMPARED, n).seed.nunique()
+            runs = metrics[metrics.step <= n]; alike = compared(runs, 'tied', COMPARED, n); seeds = alike.seed.nunique()
             told.append(f"after {n:,} updates {by_arm_text({a: f'{k} of {seeds}' for a, k in got_out(runs, 'tied', COMPARED, n).items()})}")
-    return f"In SmolLM2's body the tied head has fewer saturated outputs than before training in these: {'; '.join(told)}." if told else ''
+            ends = runs[runs.run.isin(alike.run) & (runs.arm == 'language') & (runs.step == n)].sort_values('seed').saturated
+    return f"In SmolLM2's body the tied head has fewer saturated outputs than before training in these: {'; '.join(told)}. The language model's end with {', '.join(f'{s:.0%}' for s in ends)} saturated (a number a seed)." if told else ''
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e05
 def verdicts_by_length(
