@@ -676,16 +676,12 @@ def verdicts_by_length(
 def verdict_sentence(
     verdicts: list[dict],   # from `verdicts_by_length`
     head: str,
-    brief: bool = False,    # without differences, which a table has
 ) -> str:
-    "What the verdicts with a head are, and what they rest on."
+    "What the verdicts with a head are, and how the runs end; the differences that they rest on are for a table."
     def seeds(v): return f"{v['seeds']} seed{'s' * (v['seeds'] > 1)}"
-    def differences(v):
-        than = [f"{spell_advantage(v[k], brief=True)} than from {name} ones (lower in {v['lower'][arm]} of {v['seeds']})" for k, arm, name in (('effect', 'random', 'random'), ('beyond', 'language-permuted', 'permuted'))]
-        return f"from language weights the error averaged over training is {' and '.join(than)}; "
-    def told(v): return f"{'' if brief else differences(v)}at the end errors are {by_arm_text(v['errors'], '.2f')}, scores {by_arm_text(v['scores'], '.0f')}"
+    def ends(v): return f"at the end errors are {by_arm_text(v['errors'], '.2f')}, scores {by_arm_text(v['scores'], '.0f')}"
     first, *later = verdicts
-    said = [f"**{first['verdict'].capitalize()} with {HEADS[head]} over {first['updates']:,} updates** ({seeds(first)}): {told(first)}.", *(f"**{v['verdict'].capitalize()} over {v['updates']:,}** ({seeds(v)}, trained on): {told(v)}." for v in later)]
+    said = [f"**{first['verdict'].capitalize()} with {HEADS[head]} over {first['updates']:,} updates** ({seeds(first)}): {ends(first)}.", *(f"**{v['verdict'].capitalize()} over {v['updates']:,}** ({seeds(v)}, trained on): {ends(v)}." for v in later)]
     return ' '.join(filter(None, [*said, better_text(verdicts[-1]), *map(after_start_text, verdicts)]))
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
