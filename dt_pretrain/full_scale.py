@@ -639,27 +639,25 @@ def got_out(
     metrics: pd.DataFrame,  # from `read_kept`
     head: str,
     arms: list[str],
-    least: int = 0,         # updates that a run must have to count
-) -> dict[str, int]:        # of each arm
-    "How many runs have fewer saturated outputs at the end of a comparison than before training."
-    runs = compared(metrics, head, arms, least)
-    saturated = metrics[metrics.run.isin(runs.run)].pivot(index='run', columns='step', values='saturated')
-    out = saturated[runs.updates.max()] < saturated[0]
-    return runs.run.map(out).groupby(runs.arm).sum()[arms].to_dict()
+    updates: int,           # after so many; shorter runs do not count
+) -> pd.DataFrame:          # a row an arm that has such runs: how many are `out`, and of how many `runs`
+    "How many runs have fewer saturated outputs than before training."
+    d = metrics[(metrics['head'] == head) & metrics.arm.isin(arms) & metrics.step.isin([0, updates])]
+    saturated = d.pivot(index=['arm', 'run'], columns='step', values='saturated').reindex(columns=[0, updates]).dropna()
+    return (saturated[updates] < saturated[0]).groupby('arm').agg(out='sum', runs='size').reindex(arms).dropna().astype(int)
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e03
 def left_saturation_sentence(
     metrics: pd.DataFrame,  # from `read_kept`
     lengths=LENGTHS,
+    arms=COMPARED,
 ) -> str:                   # empty if no runs are as long
     "How many bodies of each kind get out of the tied head's saturation."
-    told = []
-    for n in lengths:
-        with suppress(InputError):
-            runs = metrics[metrics.step <= n]; alike = compared(runs, 'tied', COMPARED, n); seeds = alike.seed.nunique()
-            told.append(f"after {n:,} updates {by_arm_text({a: f'{k} of {seeds}' for a, k in got_out(runs, 'tied', COMPARED, n).items()})}")
-            ends = runs[runs.run.isin(alike.run) & (runs.arm == 'language') & (runs.step == n)].sort_values('seed').saturated
-    return f"In SmolLM2's body the tied head has fewer saturated outputs than before training in these: {'; '.join(told)}. The language model's end with {', '.join(f'{s:.0%}' for s in ends)} saturated (a number a seed)." if told else ''
+    told = {n: by_arm_text({a: f'{r.out} of {r.runs}' for a, r in found.iterrows()}) for n in lengths if len(found := got_out(metrics, 'tied', arms, n))}
+    if not told: return ''
+    ends = metrics[(metrics['head'] == 'tied') & (metrics.arm == 'language') & (metrics.step == max(told))].sort_values('seed').saturated
+    said = '; '.join(f'after {n:,} updates {t}' for n, t in told.items())
+    return f"In SmolLM2's body the tied head has fewer saturated outputs than before training in these: {said}." + f" The language model's end with {', '.join(f'{s:.0%}' for s in ends)} saturated (a number a seed)." * bool(len(ends))
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e05
 def verdicts_by_length(
