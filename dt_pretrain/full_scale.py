@@ -411,17 +411,17 @@ def full_scale_verdict(
     least: int = 600,  # updates that a run must have to count
 ) -> dict:             # `verdict`, `effect`, `beyond`, `seeds`, `updates`, `errors` by arm at the end, `better`: by arm, how many runs end better than a constant guess, `lower`: in how many seeds the mean error from language weights is lower than from the others, `scores`: of ten episodes by arm at the end, `constant`: error of a constant guess, `products`: as from `conditions_of`; `after_start`: `verdict`, `effect` and `beyond` without the error before any training
     "Finding 5's verdict on large runs."
-    runs = compared(metrics, head, COMPARED, least); errors = runs.groupby('arm').error.mean()
+    runs, later = (compared(metrics, head, COMPARED, least, since) for since in (0, 1)); errors = runs.groupby('arm').error.mean()
     constant = float(metrics.constant_error[metrics.run.isin(runs.run)].mean())
-    def judged(since):
-        areas = compared(metrics, head, COMPARED, least, since).set_index(['arm', 'seed']).area
+    def judged(runs):
+        areas = runs.set_index(['arm', 'seed']).area
         effect, beyond = (paired_difference(areas, other, 'language') for other in COMPARED[1:])
         verdict = judge(effect[:3], beyond[:3], CLAIMS[5].smallest, effect[3], 'paper')
         return dict(verdict='inconclusive' if verdict == 'supported' and not errors['language'] < constant else verdict, effect=effect, beyond=beyond)
     areas = runs.pivot(index='seed', columns='arm', values='area'); lower = {a: int((areas['language'] < areas[a]).sum()) for a in COMPARED[1:]}
     scores = metrics[metrics.step == runs.updates.max()].merge(runs[['run']]).groupby('arm').score_mean.mean()[COMPARED].to_dict()
     better = (runs.error < runs.constant_error).groupby(runs.arm).sum()
-    return judged(0) | dict(after_start=judged(1), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), errors=errors[COMPARED].to_dict(), better=better[COMPARED].to_dict(), lower=lower, scores=scores, constant=constant, products=conditions_of(runs, COMPARED))
+    return judged(runs) | dict(after_start=judged(later), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), errors=errors[COMPARED].to_dict(), better=better[COMPARED].to_dict(), lower=lower, scores=scores, constant=constant, products=conditions_of(runs, COMPARED))
 
 # %% ../nbs/components/full_scale.ipynb #b19eca83
 def catching_up(
