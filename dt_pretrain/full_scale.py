@@ -545,8 +545,8 @@ def by_arm_text(
     values: dict,   # of each arm
     form: str = '', # as in a format string
 ) -> str:
-    "A value an arm."
-    return ', '.join(f'{arm} {v:{form}}' for arm, v in values.items())
+    "A value an arm, by short names: *permuted* is language-permuted."
+    return ', '.join(f'{arm.removeprefix("language-")} {v:{form}}' for arm, v in values.items())
 
 # %% ../nbs/components/full_scale.ipynb #7783f9e4
 def better_text(
