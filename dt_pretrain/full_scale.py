@@ -303,9 +303,10 @@ def add_kept(
     found: Path,  # folder with folders of results, as from `train_and_keep`
     folder: Path,
 ):
-    "Add results from elsewhere to what is kept."
-    folder.mkdir(parents=True, exist_ok=True)
+    "Add results from elsewhere to what is kept; raises InputError if there are none."
     manifests = sorted(found.glob('*/*-manifests.json'))
+    if not manifests: raise InputError(str(found), 'folders with results (TASK-manifests.json and tables)', 'none')
+    folder.mkdir(parents=True, exist_ok=True)
     with _keeping(folder):
         for path in manifests: set_aside(read_table(path.with_name(f'{(task := path.name.removesuffix("-manifests.json"))}.parquet')), task, folder)
         for path in sorted(found.glob('*/*.parquet')): _write_table(with_kept(read_table(path), folder / path.name), folder / path.name)
