@@ -9,7 +9,8 @@ __all__ = ['USUAL_RATE', 'COMPARED', 'HEADS', 'LENGTHS', 'DONORS', 'SQUARE', 'SM
            'tasks_compared', 'blocks_compared', 'size_effects', 'made_twice', 'spell_advantage', 'after_start_text',
            'by_arm_text', 'better_text', 'size_sentence', 'rates_tried', 'best_rates', 'rates_sentence',
            'context_sentence', 'when_reached', 'got_out', 'left_saturation_sentence', 'verdicts_by_length',
-           'verdict_sentence', 'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
+           'verdict_sentence', 'read_inside', 'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text',
+           'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -684,12 +685,23 @@ def verdict_sentence(
     return ' '.join(filter(None, [*said, better_text(verdicts[-1]), *map(after_start_text, verdicts)]))
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
+def read_inside(
+    task: str,
+    name: str,                   # `-representations`, `-weights`, `-gradients`, `-information` or `-probe`
+    folder: Path | None = None,  # `kept_folder()` by default
+) -> pd.DataFrame:               # as from `read_kept`
+    "What measures found inside runs; of a run that was trained again since, but not looked into again, what they found the first time."
+    now, earlier = read_kept(task, name, folder), (folder or kept_folder()) / 'earlier'
+    if not (earlier / f'{task}{name}.parquet').exists(): return now
+    first = read_kept(task, name, earlier)
+    return pd.concat([now, first[~first.run.isin(now.run)]], ignore_index=True)
+
 def inside_by_run(
     task: str = 'hopper-medium',
     folder: Path | None = None,  # `kept_folder()` by default
 ) -> pd.DataFrame:               # a row a run: `arm`, `head`, `seed`, `updates`, and a column a measure
     "What fine-tuning did inside each run without context; raises InputError if nothing of it is kept."
-    tables = {n: read_kept(task, f'-{n}', folder).query('context_length == 1') for n in ('representations', 'weights', 'gradients', 'information')}
+    tables = {n: read_inside(task, f'-{n}', folder).query('context_length == 1') for n in ('representations', 'weights', 'gradients', 'information')}
     def both(d, name, column, how): return pd.concat({f'{name} {w}': d[d.when == w].groupby('run')[column].agg(how) for w in ('before', 'after')}, axis=1)
     measures = [(1 - tables['representations'].query('block >= 0').groupby('run').cka.mean()).rename('representations change'), tables['weights'].query('kind == "matrix"').groupby('run').relative.median().rename('weights change'),
                 both(tables['gradients'], 'gradient', 'whole', 'median'), both(tables['information'].query('about == "Y" and kind == "estimate"'), 'information', 'value', 'mean')]
@@ -727,7 +739,7 @@ def lead_text(
     least, own = CLAIMS[number].smallest, found['means']['language']
     small = f" Both are below the difference that would matter, {least:g}, which was set for small models, so the rule takes what is not clearly above zero as not there. As ratios: random weights have {found['means']['random'] / own:.1f} times the language model's, permuted ones {found['means']['language-permuted'] / own:.1f} times." * bool(0 < found['effect'][0] and max(found['effect'][0], found['beyond'][0]) < least)
     means = ', '.join(f'{a} {form.format(found["means"][a])}' for a in ('language', 'random', 'language-permuted'))
-    return (f"In [full-size runs](full_scale.ipynb#what-changes-inside) (SmolLM2's body, linear head, {found['updates']} updates, {found['seeds']} seeds), {measure}: {means}. "
+    return (f"In [full-size runs](full_scale.ipynb#what-changes-inside) (SmolLM2's body, linear head, {found['updates']} updates, {found['seeds']} seed{'s' * (found['seeds'] > 1)}), {measure}: {means}. "
             f"In the direction of the claim, language against random: {spell(found['effect'], 3)}; beyond permuted weights: {spell(found['beyond'], 3)}. By the rule for the small models: *{found['rule']}*.{small} "
             'These runs have no context (K=1) and the claim is about models that have, so this is a lead; the verdict rests on the small scale.')
 
