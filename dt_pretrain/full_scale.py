@@ -9,7 +9,7 @@ __all__ = ['USUAL_RATE', 'COMPARED', 'HEADS', 'LENGTHS', 'DONORS', 'SQUARE', 'SM
            'tasks_compared', 'blocks_compared', 'size_effects', 'made_twice', 'spell_advantage', 'after_start_text',
            'by_arm_text', 'better_text', 'size_sentence', 'rates_tried', 'best_rates', 'rates_sentence',
            'context_sentence', 'when_reached', 'got_out', 'left_saturation_sentence', 'verdicts_by_length',
-           'verdict_sentence', 'read_inside', 'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text',
+           'verdict_table', 'read_inside', 'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text',
            'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
@@ -553,13 +553,14 @@ def by_arm_text(
 # %% ../nbs/components/full_scale.ipynb #7783f9e4
 def better_text(
     verdict: dict,  # from `full_scale_verdict`
+    head: str,
 ) -> str:
     "Which runs end better than a constant guess."
     found, n = verdict['better'], verdict['seeds']
-    guess = f"a constant guess, which has {verdict['constant']:.2f}"
-    if not sum(found.values()): return f'No run ends with a lower error than {guess}.'
-    if all(k == n for k in found.values()): return f'All runs end with a lower error than {guess}.'
-    return f"These end with a lower error than {guess}: {by_arm_text({arm: f'{k} of {n}' for arm, k in found.items()})}."
+    if not sum(found.values()): who = 'no run ends with a lower error than a constant guess'
+    elif all(k == n for k in found.values()): who = 'all runs end with a lower error than a constant guess'
+    else: who = f"these end with a lower error than a constant guess: {by_arm_text({arm: f'{k} of {n}' for arm, k in found.items()})}"
+    return f"With {HEADS[head]}, after {verdict['updates']:,} updates, {who}."
 
 # %% ../nbs/components/full_scale.ipynb #cfb47d82
 def size_sentence(
@@ -673,16 +674,16 @@ def verdicts_by_length(
         with suppress(InputError): found.append(full_scale_verdict(*longer))
     return found
 
-def verdict_sentence(
-    verdicts: list[dict],   # from `verdicts_by_length`
-    head: str,
-) -> str:
-    "What the verdicts with a head are, and how the runs end; the differences that they rest on are for a table."
-    def seeds(v): return f"{v['seeds']} seed{'s' * (v['seeds'] > 1)}"
-    def ends(v): return f"at the end errors are {by_arm_text(v['errors'], '.2f')}, scores {by_arm_text(v['scores'], '.0f')}"
-    first, *later = verdicts
-    said = [f"**{first['verdict'].capitalize()} with {HEADS[head]} over {first['updates']:,} updates** ({seeds(first)}): {ends(first)}.", *(f"**{v['verdict'].capitalize()} over {v['updates']:,}** ({seeds(v)}, trained on): {ends(v)}." for v in later)]
-    return ' '.join(filter(None, [*said, better_text(verdicts[-1]), *map(after_start_text, verdicts)]))
+# %% ../nbs/components/full_scale.ipynb #5a0d1e06
+def verdict_table(
+    verdicts: dict,  # by head, from `verdicts_by_length`
+) -> str:            # Markdown
+    "What the verdicts are and how the runs end; the differences that they rest on are for another table."
+    def row(head, v): return [f"{head}, {v['updates']:,}", f"**{v['verdict']}**", *(f"{v['errors'][a]:.2f} ({v['scores'][a]:.0f})" for a in COMPARED), str(v['seeds'])]
+    rows = [row(head, v) for head, vs in verdicts.items() for v in vs]; guess = {f"{v['constant']:.2f}" for vs in verdicts.values() for v in vs}
+    names = [a.removeprefix('language-') for a in COMPARED]
+    table = '\n'.join(f"| {' | '.join(cells)} |" for cells in (['head, updates', 'verdict', *names, 'seeds'], ['---'] * (len(names) + 3), *rows))
+    return f"{table}\n\nOf the weights named: the mean held-out error at the end (in brackets the score). A constant guess has an error of {' or '.join(sorted(guess))}."
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
 def read_inside(
