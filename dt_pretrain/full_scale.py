@@ -679,11 +679,11 @@ def verdict_table(
     verdicts: dict,  # by head, from `verdicts_by_length`
 ) -> str:            # Markdown
     "What the verdicts are and how the runs end; the differences that they rest on are for another table."
-    def row(head, v): return [f"{head}, {v['updates']:,}", f"**{v['verdict']}**", *(f"{v['errors'][a]:.2f} ({v['scores'][a]:.0f})" for a in COMPARED), str(v['seeds'])]
+    def row(head, v): return [f"{head}, {v['updates']:,}", f"**{v['verdict']}**", *(f"{v['errors'][a]:.2f} ({v['scores'][a]:.0f})" for a in COMPARED)]
     rows = [row(head, v) for head, vs in verdicts.items() for v in vs]; guess = {f"{v['constant']:.2f}" for vs in verdicts.values() for v in vs}
     names = [a.removeprefix('language-') for a in COMPARED]
-    table = '\n'.join(f"| {' | '.join(cells)} |" for cells in (['head, updates', 'verdict', *names, 'seeds'], ['---'] * (len(names) + 3), *rows))
-    return f"{table}\n\nOf the weights named: the mean held-out error at the end (in brackets the score). A constant guess has an error of {' or '.join(sorted(guess))}."
+    table = '\n'.join(f"| {' | '.join(cells)} |" for cells in (['head, updates', 'verdict', *names], ['---'] * (len(names) + 2), *rows))
+    return f"{table}\n\nUnder the weights' names: held-out error at the end (score in brackets), means over seeds. A constant guess has an error of {' or '.join(sorted(guess))}."
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
 def read_inside(
