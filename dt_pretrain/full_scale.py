@@ -658,9 +658,10 @@ def left_saturation_sentence(
     "How many bodies of each kind get out of the tied head's saturation."
     told = {n: by_arm_text({a: f'{r.out} of {r.runs}' for a, r in found.iterrows()}) for n in lengths if len(found := got_out(metrics, 'tied', arms, n))}
     if not told: return ''
-    ends = metrics[(metrics['head'] == 'tied') & (metrics.arm == 'language') & (metrics.step == max(told))].sort_values('seed').saturated
+    at = metrics[(metrics['head'] == 'tied') & (metrics.arm == 'language') & metrics.step.isin([0, max(told)])].pivot(index='seed', columns='step', values='saturated').dropna()
     said = '; '.join(f'after {n:,} updates {t}' for n, t in told.items())
-    return f"In SmolLM2's body the tied head has fewer saturated outputs than before training in these: {said}." + f" The language model's end with {', '.join(f'{s:.0%}' for s in ends)} saturated (a number a seed)." * bool(len(ends))
+    paths = ', '.join(f'{a:.0%} → {b:.0%}' for a, b in at.itertuples(index=False))
+    return f"Runs with the tied head in SmolLM2's body that have fewer saturated outputs than before training: {said}." + f' The share in the language model, seed by seed: {paths}.' * bool(paths)
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e05
 def verdicts_by_length(
@@ -738,7 +739,7 @@ def lead_text(
     except InputError: return f'Of [full-size runs](full_scale.ipynb) on {task} nothing is kept that this could be asked of.'
     _, measure, form, _ = LEADS[number]
     least, own = CLAIMS[number].smallest, found['means']['language']
-    small = f" Both are below the difference that would matter, {least:g}, which was set for small models, so the rule takes what is not clearly above zero as not there. As ratios: random weights have {found['means']['random'] / own:.1f} times the language model's, permuted ones {found['means']['language-permuted'] / own:.1f} times." * bool(0 < found['effect'][0] and max(found['effect'][0], found['beyond'][0]) < least)
+    small = f" Both are below the difference that would matter, {least:g}, which was set for small models. As ratios: random weights have {found['means']['random'] / own:.1f} times the language model's, permuted ones {found['means']['language-permuted'] / own:.1f} times." * bool(0 < found['effect'][0] and max(found['effect'][0], found['beyond'][0]) < least)
     means = ', '.join(f'{a} {form.format(found["means"][a])}' for a in ('language', 'random', 'language-permuted'))
     return (f"In [full-size runs](full_scale.ipynb#what-changes-inside) (SmolLM2's body, linear head, {found['updates']} updates, {found['seeds']} seed{'s' * (found['seeds'] > 1)}), {measure}: {means}. "
             f"In the direction of the claim, language against random: {spell(found['effect'], 3)}; beyond permuted weights: {spell(found['beyond'], 3)}. By the rule for the small models: *{found['rule']}*.{small} "
@@ -782,5 +783,5 @@ def blocks_text(
         means = ', '.join(f'{d} {r[d]:.3f}' for d in ('untouched', *DONORS) if pd.notna(r.get(d)))
         gains = [f'{spell_advantage(r[e])} than with the {d} one' for e, d in (('effect', 'random'), ('beyond', 'permuted')) if r[e]]
         return f"- {r['head']} head, block {r['block']} ({r['updates']} updates, {r['seeds']} seed{'s' * (r['seeds'] > 1)}; {r['products']}): {means}." + f" With the language block it is {', and '.join(gains)}." * bool(gains) + ' None of them ends with a smaller error than a constant guess.' * (not r['learned'])
-    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one of its 30 blocks from another body. In brackets stands the precision of matrix products, of untouched ones against those with a block, which may differ among themselves; where it says "two collections", the two learned from data collected on different machines, and only those with a block should be compared with each other. '
+    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one of its 30 blocks from another body. In brackets: the number format of matrix products, of untouched runs and of those with a block. "Two collections": the untouched ones learned from data that were collected on another machine, so compare only those with a block with each other. '
             'Only what the language block does beyond a random and a permuted one would speak for the claim.\n\n' + '\n'.join(line(r) for _, r in found.iterrows()))
