@@ -252,6 +252,7 @@ def check_source(
     "Raise InputError for weights that are not there, as far as can be said without asking the hub."
     at = locate(source, scale, revision)
     if 'gguf_file' in at: return _check_gguf(Path(_where(at)))
+    if scale == 'hub' and source in shipped_names() and source not in HUB: raise InputError('initialisation', f'weights of the size of {" and ".join(HUB.values())}: {", ".join(HUB)}, an id on the hub or a folder', f'{source!r}, which is there for the presets smoke and mini alone')
     if Path(name := at['pretrained_model_name_or_path']).exists(): return
     if name.startswith(('/', '.', '~')): raise InputError(name, 'a folder written by save_pretrained, or a GGUF file', 'nothing there')
     if near := difflib.get_close_matches(name, ['random', 'mimetic', 'smollm2', *shipped_names()], cutoff=.8): raise InputError('initialisation', f'one like {near[0]!r}', repr(name))
@@ -407,7 +408,7 @@ def parse_initialisation(
 ) -> Initialisation:
     "Take a name apart."
     if not name.strip(): raise InputError('initialisation', 'a name', repr(name))
-    if len(name) > 1000 or not name.isprintable(): raise InputError('initialisation', 'a name or a path', f'{len(name)} characters, {name[:40]!r} ...')
+    if len(name) > 1000 or not name.isprintable() or any(len(part.encode()) > 255 for part in Path(name).parts): raise InputError('initialisation', 'a name or a path', f'{len(name)} characters, {name[:40]!r} ...')
     if name == 'random' or Path(name).exists(): return Initialisation(name)
     if name == 'mimetic': return Initialisation('random', control='mimetic')
     source, in_gpt2, control = re.fullmatch(rf'(.+?)(-in-gpt2)?(?:-({"|".join(CONTROLS)}))?', name, re.S).groups()

@@ -19,7 +19,7 @@ from .execution import execute_notebook, execute_notebooks
 from .findings import read_results
 from .runs import Run, runs_folder, whole_file
 from .setups import PRESETS, FinetuneConfig
-from .sweeps import estimates, finished_runs, read_sweep, run_sweep, sweep_content
+from .sweeps import check_sources, estimates, finished_runs, read_sweep, run_sweep, sweep_content
 from .tasks import InputError, get_task, project_root
 
 # %% ../nbs/components/report.ipynb #9a951488
@@ -173,6 +173,7 @@ def report(
     if seeds is not None and seeds < 1: raise InputError('seeds', 'at least 1', seeds)
     top, start = checkout(), time.time()
     configs, runs_dir = all_runs(top / 'nbs', preset, task, seeds), runs_folder()
+    check_sources(configs, runs_dir)
     say(f'{preset} report on {task}: {len(configs)} runs, {jobs} at a time')
     for name, n in sorted({(c.task, c.n_steps) for c in configs if c.source == 'collect'}): collected(name, n)
     run_sweep(configs, top / 'nbs' / 'experiments' / 'finetune.ipynb', runs_dir, jobs)

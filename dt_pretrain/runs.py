@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['ADDED', 'whole_file', 'save_tensors', 'load_tensors', 'Run', 'read_table', 'check_weights', 'load_weights',
-           'runs_folder', 'run_folder', 'environment', 'Preempted', 'was_preempted', 'Sigterm', 'take_over', 'open_run',
-           'find_runs']
+           'runs_folder', 'run_folder', 'environment', 'Preempted', 'was_preempted', 'Sigterm', 'RunInUse', 'take_over',
+           'open_run', 'find_runs']
 
 # %% ../nbs/components/runs.ipynb #6dd565fa
 import json, os, platform, re, shutil, signal, subprocess, sys, threading, warnings
@@ -179,9 +179,10 @@ def environment(
     device,
 ) -> dict:
     "Versions, machine (with whether it has fast bfloat16) and commit, for the manifest."
-    def commit():
-        r = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True) if '__file__' in globals() else None
-        return r.stdout.strip() if r and r.returncode == 0 else None
+    def commit():   # of our own repository, not of one that a package lies in
+        git = lambda *args: subprocess.run(['git', *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        try: git('ls-files', '--error-unmatch', Path(__file__).name); return git('rev-parse', 'HEAD')
+        except (NameError, OSError, subprocess.CalledProcessError): return None   # in a notebook, without git, outside
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else platform.processor() or platform.machine()
     return dict(versions={p: version(p) for p in ('torch', 'transformers', 'numpy', 'gymnasium', 'mujoco') if _has(p)}, python=sys.version.split()[0], device=f'{device}: {name}', threads=torch.get_num_threads(), bfloat16=fast_bfloat16(device), commit=commit())
 
@@ -326,12 +327,15 @@ def repair(self: Run,
             read(self)
 
 # %% ../nbs/components/runs.ipynb #5c172762
+class RunInUse(InputError):
+    "A run that another process works on."
+
 @contextmanager
 def _locked(run, seconds):
     "Nobody else works on the run."
     lock = FileLock(run.path / '.lock', timeout=seconds)
     try: lock.acquire()
-    except Timeout: raise InputError(run.name, 'a run that no other process works on', f'one in use; it is locked by {run.path / ".lock"}') from None
+    except Timeout: raise RunInUse(run.name, 'a run that no other process works on', f'one in use; it is locked by {run.path / ".lock"}') from None
     try: yield
     finally: lock.release()
 

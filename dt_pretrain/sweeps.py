@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .backbones import check_source, locate, parse_initialisation, read_config
 from .execution import Execution, last_error
 from .finetuning import finetune
-from .runs import Run, Sigterm, open_run, run_folder, take_over, was_preempted, whole_file
+from .runs import Run, RunInUse, Sigterm, open_run, run_folder, take_over, was_preempted, whole_file
 from .setups import PRESETS, FinetuneConfig, make_config, run_name, windows_per_step
 from .tasks import InputError, project_root
 
@@ -214,20 +214,27 @@ def here(
         waiting = deque(todo)
         while waiting:
             job = waiting.popleft()
-            if job.trained: yield [(job, None)]
-            elif job.run.in_use(): waiting.append(job); yield []; time.sleep(1)
-            else: yield [(job, _in_process(job, device, progress))]
+            try: ended = [(job, None)] if job.trained else [] if job.run.in_use() else [(job, _in_process(job, device, progress))]
+            except RunInUse: ended = []   # somebody was faster
+            if not ended: waiting.append(job)
+            yield ended
+            if not ended: time.sleep(1)
     engine.needs_notebook = False
     return engine
 
 def _in_process(job, device, progress):
     "One run: its error, if there was one."
-    (job.run.path / 'finetune.ipynb').unlink(missing_ok=True)  # it would show less than the run has
-    try: finetune(job.config, job.runs_dir, device, progress, wait=60, until=job.parameters.get('until'))
-    except (InputError, FloatingPointError, RuntimeError, OSError) as e: return job.fail(f'{type(e).__name__}: {e}')
-    (job.run.path / 'error.txt').unlink(missing_ok=True)
+    try: finetune(job.config, job.runs_dir, device, progress, until=job.parameters.get('until')); error = None
+    except RunInUse: raise
+    except (InputError, FloatingPointError, RuntimeError, OSError) as e: error = job.fail(f'{type(e).__name__}: {e}')
+    for old in ('finetune.ipynb', *['error.txt'] * (error is None)): (job.run.path / old).unlink(missing_ok=True)   # a notebook of before shows less than the run has
+    return error
 
 # %% ../nbs/components/sweeps.ipynb #fc1d9d9f
+def _plain_name(path):
+    "Whether no part of a path is hidden, or leads out of a folder."
+    return all(re.fullmatch(r'\w[\w.-]*', part) for part in path.parts)
+
 def pack(
     folder: Path,  # a run's
 ) -> bytes:
@@ -235,7 +242,7 @@ def pack(
     with io.BytesIO() as out:
         with tarfile.open(fileobj=out, mode='w') as tar:
             for p in sorted(folder.rglob('*')):
-                if p.is_file() and not p.is_symlink() and not p.name.startswith('.'): tar.add(p, str(p.relative_to(folder)))
+                if p.is_file() and not p.is_symlink() and _plain_name(p.relative_to(folder)): tar.add(p, str(p.relative_to(folder)))
         return out.getvalue()
 
 def unpack(
@@ -246,7 +253,7 @@ def unpack(
     try: tar = tarfile.open(fileobj=io.BytesIO(packed), mode='r:'); members = tar.getmembers()
     except tarfile.TarError as e: raise InputError('packed run', 'a tar file', e) from e
     for m in members:
-        if not (m.isfile() and all(re.fullmatch(r'\w[\w.-]*', part) for part in PurePosixPath(m.name).parts)): raise InputError('packed run', 'plain files inside its folder', repr(m.name))
+        if not (m.isfile() and _plain_name(PurePosixPath(m.name))): raise InputError('packed run', 'plain files inside its folder', repr(m.name))
     for m in sorted(members, key=lambda m: m.name == 'manifest.json'):  # it says which of the others count, so it comes last
         path = folder / m.name; path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as tmp: tmp.write_bytes(tar.extractfile(m).read())
@@ -347,6 +354,7 @@ def run_sweep(
     "Execute a notebook for every run that is not done."
     if stride is not None and stride < 1: raise InputError('stride', 'at least 1 epoch', stride)
     if notebook is None and getattr(engine, 'needs_notebook', True): raise InputError('notebook', 'the notebook that makes a run', None)
+    if not Path(runs_dir).is_dir() and Path(runs_dir).exists(): raise InputError(str(runs_dir), 'a folder for runs', 'a file')
     every = [Job(c, notebook, runs_dir, Path.cwd()) for c in configs]   # in this folder, so that a relative path means the same as without notebooks
     engine, failed = engine or local(jobs), {}
     todo = sorted((j for j in every if not j.done), key=lambda j: operations(j.config), reverse=True)

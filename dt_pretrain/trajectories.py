@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from filelock import FileLock
 
 from .tasks import InputError, Task, get_task, import_d4rl, make_env
 
@@ -220,15 +221,21 @@ def d4rl_path(
     task: Task | str,
 ) -> Path:  # where D4RL keeps its file
     "The HDF5 file of a task, fetched from D4RL's server if it is not there yet."
-    import os
+    import os, tempfile
     d4rl = import_d4rl()
     task = get_task(task) if isinstance(task, str) else task
     if task.d4rl_name not in d4rl.infos.DATASET_URLS: raise InputError(f'D4RL dataset of {task.name}', 'one that D4RL publishes', task.d4rl_name)
     url = d4rl.infos.DATASET_URLS[task.d4rl_name]
     folder = Path(os.environ.get('D4RL_DATASET_DIR', '~/.d4rl/datasets')).expanduser(); folder.mkdir(parents=True, exist_ok=True)
-    d4rl.offline_env.set_dataset_path(str(folder))
-    try: return Path(d4rl.offline_env.download_dataset_from_url(url))
-    except OSError as e: raise InputError(url, f'an answer from D4RL\'s server, or the file in {folder}', e) from e
+    d4rl.offline_env.set_dataset_path(str(folder)); path = Path(d4rl.offline_env.filepath_from_url(url))
+    if path.exists(): return path
+    with FileLock(folder / '.fetch.lock'):   # one process fetches a file, and nobody sees half of it
+        if path.exists(): return path
+        with tempfile.TemporaryDirectory(dir=folder, prefix='.fetch-') as tmp:
+            d4rl.offline_env.set_dataset_path(tmp)
+            try: return Path(d4rl.offline_env.download_dataset_from_url(url)).rename(path)
+            except OSError as e: raise InputError(url, f'an answer from D4RL\'s server, or the file in {folder}', e) from e
+            finally: d4rl.offline_env.set_dataset_path(str(folder))
 
 # %% ../nbs/components/trajectories.ipynb #0752993f
 def _d4rl_arrays(path, task, d4rl):

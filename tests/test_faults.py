@@ -479,6 +479,10 @@ MALFORMED = {
     "no GGUF file": (lambda t: load_backbone(str(t / "x.gguf")), "x.gguf: expected a GGUF file, found nothing"),
     "no initialisation": (lambda t: load_backbone(" "), "initialisation: expected a name, found ' '"),
     "a name of 5000 letters": (FINETUNE + ["initialisation=" + "a" * 5000], "initialisation: expected a name or a path"),
+    "a name of 300 letters": (FINETUNE + ["initialisation=" + "a" * 300], "initialisation: expected a name or a path"),
+    "the folder that one is in": (FINETUNE + ["initialisation=."], ". (local folder): expected one of random,"),
+    "a donor of 300 letters": (FINETUNE + ["block=0", "donor=" + "a" * 300], "initialisation: expected a name or a path"),
+    "weights that the paper's scale does not have": (["finetune", "--preset", "paper", "--set", "initialisation=synthetic-markov"], "which is there for the presets smoke and mini alone"),
     "a name with a zero byte": (FINETUNE + ['initialisation="a\\u0000b"'], "initialisation: expected a name or a path"),
     # sweeps, results, notebooks
     "a sweep that is a folder": (lambda t: read_sweep(t / "..", "smoke"), "expected a sweep file, found Is a directory"),
@@ -491,6 +495,7 @@ MALFORMED = {
     "a sweep file that is not there": (["sweep", "nowhere.toml"], "nowhere.toml: expected a sweep file, found No such file"),
     "a status of no seeds": (["status", "sanity", "--seeds", "0"], "seeds: expected at least 1, found 0"),
     "a sweep with no jobs": (["sweep", "sanity", "--jobs", "0"], "jobs: expected at least 1, found 0"),
+    "a sweep whose runs folder is a file": (["sweep", "sanity", "--preset", "smoke", "--engine", "here", "--runs-dir", "README.md"], "README.md: expected a folder for runs, found a file"),
     "a sweep with less than no GPU": (["sweep", "sanity", "--engine", "ray", "--gpus-per-run", "-1"], "GPUs a run: expected at least 0"),
     "a notebook that is not there": (lambda t: execute_notebook(t / "x.ipynb", t / "y.ipynb"), "x.ipynb: expected a notebook, found none"),
     "a result of text": (lambda t: (write(t / "1.json", "hello"), read_results(t)), "1.json: expected complete JSON"),

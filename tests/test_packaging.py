@@ -1,5 +1,7 @@
 "Metadata, pins and what a wheel contains."
+import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +12,8 @@ from importlib.metadata import distributions, version
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from dt_pretrain.runs import environment
 
 
 @pytest.fixture
@@ -49,3 +53,18 @@ def test_wheel_has_modules_and_assets(checkout, tmp_path):
     here = {str(p.relative_to(checkout)) for p in (checkout / "dt_pretrain").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert here - names == set()
     assert any(n.endswith("hopper-medium-sac.safetensors") for n in names)
+
+
+def test_a_run_names_the_commit_of_our_own_repository_alone(top, tmp_path, monkeypatch):
+    def git(folder, *args):
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    assert environment("cpu")["commit"] == git(top, "rev-parse", "HEAD")
+    mine = tmp_path / "mine"   # somebody's repository, in which our package lies
+    shutil.copytree(top / "dt_pretrain", mine / "dt_pretrain", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    git(mine, "init")
+    git(mine, "commit", "--allow-empty", "-m", "mine")
+    said = "from dt_pretrain.runs import environment, __file__ as file; print(environment('cpu')['commit'], file)"
+    found = subprocess.run([sys.executable, "-c", said], cwd=mine, capture_output=True, text=True, check=True, env=dict(os.environ, PYTHONPATH=str(mine))).stdout.split()
+    assert found == ["None", str(mine / "dt_pretrain/runs.py")]
+    monkeypatch.setenv("PATH", str(tmp_path))   # no git
+    assert environment("cpu")["commit"] is None

@@ -13,6 +13,7 @@ from soak import processes
 from dt_pretrain.backbones import SHIPPED
 from dt_pretrain.cli import main
 from dt_pretrain.collection import collected, load_trajectories
+from dt_pretrain.report import all_runs
 from dt_pretrain.runs import find_runs, runs_folder
 from dt_pretrain.setups import make_config
 from dt_pretrain.sweeps import Job, check_sources, estimates, finished_runs, here, local, on_ray, read_sweep, run_sweep, sweep_status
@@ -166,6 +167,13 @@ def test_what_would_fail_is_said_before(tmp_path, cli):
     code, said = cli("sweep", path, "--preset", "smoke", "--runs-dir", runs, "--dry-run", "--jobs", 0)
     assert (code, said) == (2, "dt-pretrain: jobs: expected at least 1, found 0\n")
     assert not runs.exists()
+
+
+@pytest.mark.parametrize("preset", ["smoke", "mini", "paper"])
+def test_a_report_asks_for_no_weights_that_its_preset_does_not_have(top, tmp_path, preset):
+    configs = all_runs(top / "nbs", preset, "hopper-medium", None)
+    check_sources(configs, tmp_path)
+    assert ("synthetic-markov" in {c.initialisation for c in configs}) == (preset != "paper")
 
 
 def test_weights_and_donors_that_are_gone_are_missed_by_runs_to_come_alone(tmp_path):
