@@ -55,16 +55,26 @@ def test_wheel_has_modules_and_assets(checkout, tmp_path):
     assert any(n.endswith("hopper-medium-sac.safetensors") for n in names)
 
 
-def test_a_run_names_the_commit_of_our_own_repository_alone(top, tmp_path, monkeypatch):
-    def git(folder, *args):
-        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    assert environment("cpu")["commit"] == git(top, "rev-parse", "HEAD")
-    mine = tmp_path / "mine"   # somebody's repository, in which our package lies
-    shutil.copytree(top / "dt_pretrain", mine / "dt_pretrain", ignore=shutil.ignore_patterns("assets", "__pycache__"))
-    git(mine, "init")
-    git(mine, "commit", "--allow-empty", "-m", "mine")
-    said = "from dt_pretrain.runs import environment, __file__ as file; print(environment('cpu')['commit'], file)"
-    found = subprocess.run([sys.executable, "-c", said], cwd=mine, capture_output=True, text=True, check=True, env=dict(os.environ, PYTHONPATH=str(mine))).stdout.split()
-    assert found == ["None", str(mine / "dt_pretrain/runs.py")]
-    monkeypatch.setenv("PATH", str(tmp_path))   # no git
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_a_run_names_the_commit_of_our_own_repository_alone(top, tmp_path):
+    def git(*args):
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit():
+        said = "from dt_pretrain.runs import environment, __file__ as file; print(environment('cpu')['commit'], file)"
+        found, file = subprocess.run([sys.executable, "-c", said], cwd=tmp_path, capture_output=True, text=True, check=True, env=dict(os.environ, PYTHONPATH=str(tmp_path))).stdout.split()
+        assert file == str(tmp_path / "dt_pretrain/runs.py")
+        return found
+
+    shutil.copytree(top / "dt_pretrain", tmp_path / "dt_pretrain", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    git("init")
+    git("commit", "--allow-empty", "-m", "somebody's repository, in which our package lies")
+    assert commit() == "None"
+    git("add", "dt_pretrain")
+    git("commit", "-m", "ours")
+    assert commit() == git("rev-parse", "HEAD")
+
+
+def test_a_run_needs_no_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert environment("cpu")["commit"] is None
