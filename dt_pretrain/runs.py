@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['ADDED', 'whole_file', 'save_tensors', 'load_tensors', 'Run', 'read_table', 'check_weights', 'load_weights',
-           'runs_folder', 'run_folder', 'environment', 'Preempted', 'was_preempted', 'Sigterm', 'RunInUse', 'take_over',
-           'open_run', 'find_runs']
+           'runs_folder', 'run_folder', 'environment', 'Preempted', 'was_preempted', 'Sigterm', 'RunInUseError',
+           'take_over', 'open_run', 'find_runs']
 
 # %% ../nbs/components/runs.ipynb #6dd565fa
 import json, os, platform, re, shutil, signal, subprocess, sys, threading, warnings
@@ -327,7 +327,7 @@ def repair(self: Run,
             read(self)
 
 # %% ../nbs/components/runs.ipynb #5c172762
-class RunInUse(InputError):
+class RunInUseError(InputError):
     "A run that another process works on."
 
 @contextmanager
@@ -335,7 +335,7 @@ def _locked(run, seconds):
     "Nobody else works on the run."
     lock = FileLock(run.path / '.lock', timeout=seconds)
     try: lock.acquire()
-    except Timeout: raise RunInUse(run.name, 'a run that no other process works on', f'one in use; it is locked by {run.path / ".lock"}') from None
+    except Timeout: raise RunInUseError(run.name, 'a run that no other process works on', f'one in use; it is locked by {run.path / ".lock"}') from None
     try: yield
     finally: lock.release()
 

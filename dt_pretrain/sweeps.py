@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .backbones import check_source, locate, parse_initialisation, read_config
 from .execution import Execution, last_error
 from .finetuning import finetune
-from .runs import Run, RunInUse, Sigterm, open_run, run_folder, take_over, was_preempted, whole_file
+from .runs import Run, RunInUseError, Sigterm, open_run, run_folder, take_over, was_preempted, whole_file
 from .setups import PRESETS, FinetuneConfig, make_config, run_name, windows_per_step
 from .tasks import InputError, project_root
 
@@ -199,10 +199,16 @@ def local(
                     elif job.start(): waiting.remove(job); live.append(job)
                 ended = [j for j in live if j.execution.process.poll() is not None]
                 live = [j for j in live if j not in ended]
-                yield [(j, j.close()) for j in ended]
+                ended = [(j, j.close()) for j in ended]
+                waiting.extend(j for j, error in ended if _taken(error))
+                yield [(j, error) for j, error in ended if not _taken(error)]
                 time.sleep(.5)
         finally: stop_all(live)
     return engine
+
+def _taken(error):
+    "Whether a notebook failed because somebody else took the run just before it."
+    return error is not None and error.startswith(f'{RunInUseError.__name__}:')
 
 # %% ../nbs/components/sweeps.ipynb #11d34846
 def here(
@@ -215,7 +221,7 @@ def here(
         while waiting:
             job = waiting.popleft()
             try: ended = [(job, None)] if job.trained else [] if job.run.in_use() else [(job, _in_process(job, device, progress))]
-            except RunInUse: ended = []   # somebody was faster
+            except RunInUseError: ended = []   # somebody was faster
             if not ended: waiting.append(job)
             yield ended
             if not ended: time.sleep(1)
@@ -225,7 +231,7 @@ def here(
 def _in_process(job, device, progress):
     "One run: its error, if there was one."
     try: finetune(job.config, job.runs_dir, device, progress, until=job.parameters.get('until')); error = None
-    except RunInUse: raise
+    except RunInUseError: raise
     except (InputError, FloatingPointError, RuntimeError, OSError) as e: error = job.fail(f'{type(e).__name__}: {e}')
     for old in ('finetune.ipynb', *['error.txt'] * (error is None)): (job.run.path / old).unlink(missing_ok=True)   # a notebook of before shows less than the run has
     return error

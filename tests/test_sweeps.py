@@ -8,13 +8,14 @@ import time
 
 import psutil
 import pytest
+from filelock import FileLock
 from soak import processes
 
 from dt_pretrain.backbones import SHIPPED
 from dt_pretrain.cli import main
 from dt_pretrain.collection import collected, load_trajectories
 from dt_pretrain.report import all_runs
-from dt_pretrain.runs import find_runs, runs_folder
+from dt_pretrain.runs import Run, find_runs, runs_folder
 from dt_pretrain.setups import make_config
 from dt_pretrain.sweeps import Job, check_sources, estimates, finished_runs, here, local, on_ray, read_sweep, run_sweep, sweep_status
 from dt_pretrain.tasks import InputError
@@ -138,6 +139,21 @@ def test_two_sweeps_at_once_share_the_work(sweep, tmp_path, notebook):
                 del rounds[name]
     assert [(len(v), [e for _, e in v]) for v in ended.values()] == [(1, [None]), (0, [])]   # the second one saw that it was done
     assert find_runs(tmp_path)[0].manifest["starts"] == 1
+
+
+def test_a_run_that_was_taken_a_moment_ago_is_waited_for(sweep, tmp_path, notebook, monkeypatch):
+    job = Job(sweep(seeds=1)[1][0], notebook, tmp_path / "runs")
+    job.run.path.mkdir(parents=True)
+    looks, lock = [], FileLock(job.run.path / ".lock")
+    lock.acquire()
+    monkeypatch.setattr(Run, "in_use", lambda run: bool(looks.append(run)))   # it was free when we looked
+    ended = []
+    for ended in local(1)([job]):
+        if len(looks) == 2:   # the notebook of the first look has failed
+            lock.release()
+        if ended:
+            break
+    assert ([error for _, error in ended], job.run.status, len(looks)) == ([None], "finished", 2)
 
 
 def test_status_and_plan(sweep, tmp_path, cli, capsys):
