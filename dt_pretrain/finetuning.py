@@ -52,12 +52,14 @@ def load_data(
     if run: check_data(run, train)
     return train, held_out
 
+# %% ../nbs/components/finetuning.ipynb #2a9c4e14
 def data_facts(
     train,         # Trajectories
 ) -> list[float]:  # steps, then mean and deviation of every number of a state and of an action
     "What other data would not have in common with these."
     return [float(train.n_steps), *(float(v) for x in (train.observations, train.actions) for f in (np.mean, np.std) for v in f(x, axis=0, dtype=np.float64))]
 
+# %% ../nbs/components/finetuning.ipynb #2a9c4e15
 def check_data(
     run: Run,
     train,     # Trajectories
@@ -318,12 +320,14 @@ def _copied(name):
     i = parse_initialisation(name)
     return i.brings_architecture and i.control in (None, 'permuted')
 
+# %% ../nbs/components/finetuning.ipynb #585c66c9
 def _about(config, backbone):
     "What a run starts from, for its manifest; where a donor gives a block, with what was read of either."
     if config.donor is None: return describe(backbone)
     read = {of: weights_hash(load_backbone(n, seed=stream(config.seed, of), scale=config.scale, revision=config.revision)) for of, n in (('backbone', config.initialisation), ('donor', config.donor)) if _copied(n)}
     return describe(backbone) | dict(read=read)
 
+# %% ../nbs/components/finetuning.ipynb #585c66d0
 def _check_start(run, about):
     "Raise InputError if weights that are read from a file are others than those that a run began with."
     c, known = run.config, run.manifest.get('backbone', about)

@@ -330,6 +330,7 @@ def repair(self: Run,
 class RunInUseError(InputError):
     "A run that another process works on."
 
+# %% ../nbs/components/runs.ipynb #5c172763
 @contextmanager
 def _locked(run, seconds):
     "Nobody else works on the run."

@@ -241,6 +241,7 @@ def _plain_name(path):
     "Whether no part of a path is hidden, or leads out of a folder."
     return all(re.fullmatch(r'\w[\w.-]*', part) for part in path.parts)
 
+# %% ../nbs/components/sweeps.ipynb #fc1d9da0
 def pack(
     folder: Path,  # a run's
 ) -> bytes:
@@ -251,6 +252,7 @@ def pack(
                 if p.is_file() and not p.is_symlink() and _plain_name(p.relative_to(folder)): tar.add(p, str(p.relative_to(folder)))
         return out.getvalue()
 
+# %% ../nbs/components/sweeps.ipynb #fc1d9da1
 def unpack(
     packed: bytes,
     folder: Path,  # a run's; files in it are replaced
