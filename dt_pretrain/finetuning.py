@@ -57,7 +57,8 @@ def data_facts(
     train,         # Trajectories
 ) -> list[float]:  # steps, then mean and deviation of every number of a state and of an action
     "What other data would not have in common with these."
-    return [float(train.n_steps), *(float(v) for x in (train.observations, train.actions) for f in (np.mean, np.std) for v in f(x, axis=0, dtype=np.float64))]
+    actions = train.actions.mean(0, dtype=np.float64), train.actions.std(0, dtype=np.float64)
+    return [float(train.n_steps), *np.concatenate([train.state_mean, train.state_std, *actions]).tolist()]
 
 # %% ../nbs/components/finetuning.ipynb #2a9c4e15
 def check_data(
@@ -65,9 +66,9 @@ def check_data(
     train,     # Trajectories
 ):
     "Raise InputError if a run learned from other data."
-    known, facts = run.manifest.get('data_return', train.returns.mean()), run.manifest.get('data_facts', data_facts(train))
+    known, facts = run.manifest.get('data_return', train.returns.mean()), data_facts(train)
     if not math.isclose(known, train.returns.mean(), rel_tol=1e-6): raise InputError(f'data of {run.name}', f'those that it learned from, {run.manifest["data"]}, mean return {known}', f'{train}, mean return {train.returns.mean()}')
-    if not np.allclose(facts, data_facts(train), rtol=1e-6, atol=1e-6): raise InputError(f'data of {run.name}', f'those that it learned from, {run.manifest["data"]}', f'{train}, with other states or actions')
+    if not np.allclose(run.manifest.get('data_facts', facts), facts, rtol=1e-6, atol=1e-6): raise InputError(f'data of {run.name}', f'those that it learned from, {run.manifest["data"]}', f'{train}, with other states or actions')
 
 # %% ../nbs/components/finetuning.ipynb #e2c4811f
 _STREAMS = ('backbone', 'embeddings', 'sampler', 'dropout', 'donor')

@@ -227,7 +227,7 @@ def d4rl_path(
     if task.d4rl_name not in d4rl.infos.DATASET_URLS: raise InputError(f'D4RL dataset of {task.name}', 'one that D4RL publishes', task.d4rl_name)
     url = d4rl.infos.DATASET_URLS[task.d4rl_name]
     folder = Path(os.environ.get('D4RL_DATASET_DIR', '~/.d4rl/datasets')).expanduser(); folder.mkdir(parents=True, exist_ok=True)
-    d4rl.offline_env.set_dataset_path(str(folder)); path = Path(d4rl.offline_env.filepath_from_url(url))
+    path = folder / Path(d4rl.offline_env.filepath_from_url(url)).name
     if path.exists(): return path
     with FileLock(folder / '.fetch.lock'):   # one process fetches a file, and nobody sees half of it
         if path.exists(): return path
