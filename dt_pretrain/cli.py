@@ -26,7 +26,7 @@ def _keep(args):
 
 def _refresh(args):
     from dt_pretrain.report import refresh
-    refresh()
+    refresh(args.pages)
 
 def _collect(args):
     from dt_pretrain.collection import load_trajectories
@@ -158,7 +158,8 @@ def _parser():
     c.add_argument('--steps', type=int, default=100_000, help='how much to collect (default: %(default)s)')
     command('site', _site, 'render the site from what is there')
     command('keep', _keep, 'keep the pages that the last report executed, and make README.md')
-    command('refresh', _refresh, 'after new results of large runs: execute again what shows them, and make README.md')
+    c = command('refresh', _refresh, 'execute again the pages that rest on kept results alone, after a change of their words or new results of large runs, and make README.md')
+    c.add_argument('pages', nargs='*', metavar='PAGE', help='such as findings/3_parameters (default: all)')
     command('doctor', _doctor, 'say what is installed, collected and finished')
     return p
 

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['checkout', 'report_sweeps', 'all_runs', 'costs', 'tidied', 'tidy', 'run_page', 'published', 'publish_runs',
-           'table_of_runs', 'execute_pages', 'report', 'with_executed_pages', 'render_site', 'keep', 'tagged',
-           'refresh_page', 'refresh']
+           'table_of_runs', 'execute_pages', 'report', 'with_executed_pages', 'render_site', 'keep', 'rests_on_kept',
+           'refresh_pages', 'refresh']
 
 # %% ../nbs/components/report.ipynb #fd424625
 import json, posixpath, re, shutil, time
@@ -15,9 +15,10 @@ from urllib.parse import quote
 import pandas as pd
 
 from .collection import collected
-from .execution import execute_notebook, execute_notebooks
+from .execution import execute_notebooks
 from .findings import read_results
-from .runs import Run, runs_folder, whole_file
+from .keeping import fold, report_folder, unfold
+from .runs import Run, run_folder, runs_folder, whole_file
 from .setups import PRESETS, FinetuneConfig
 from .sweeps import check_sources, estimates, finished_runs, read_sweep, run_sweep, sweep_content
 from .tasks import InputError, get_task, project_root
@@ -179,13 +180,13 @@ def report(
     run_sweep(configs, top / 'nbs' / 'experiments' / 'finetune.ipynb', runs_dir, jobs)
     say(f'data and runs are there after {time.time() - start:.0f} s')
     out = top / '_report' / 'pages'
-    trained = time.time() - start
+    executed_from = time.time()
     pages = execute_pages(top / 'nbs', out, dict(preset=preset, task=task, seeds=seeds, runs_dir=str(runs_dir)), say, jobs)
     for r in read_results(out / 'findings' / 'results'): say(f"finding {r['number']}: {r['verdict']}. {r['summary']}")
     before = time.time()
     if site: render_site(say)
-    times = {'data and runs': trained, **pages, 'rendering': time.time() - before}
-    with whole_file(top / '_report' / 'times.json') as tmp: tmp.write_text(json.dumps(dict(preset=preset, task=task, runs=len(configs), jobs=jobs, seconds=times), indent=1))
+    times = {'data and runs': executed_from - start, **pages, 'rendering': time.time() - before}
+    with whole_file(top / '_report' / 'times.json') as tmp: tmp.write_text(json.dumps(dict(preset=preset, task=task, seeds=seeds, runs=len(configs), jobs=jobs, executed_from=executed_from, seconds=times), indent=1))
     say(f'report made in {time.time() - start:.0f} s')
     return top / '_site' / 'index.html' if site else out
 
@@ -236,48 +237,51 @@ def _keep_readme(top, say):
 
 # %% ../nbs/components/report.ipynb #ebc8777a
 def keep(say=print):
-    "Copy executed pages into nbs/ and make README.md from the home page."
+    "Copy executed pages into nbs/, keep what they need of their runs, and make README.md from the home page."
     from execnb.nbio import read_nb
     top = checkout()
-    out = top / '_report' / 'pages'
-    missing = [name for name in ('index.ipynb', 'findings/results') if not (out / name).exists()]
+    out, times = top / '_report' / 'pages', top / '_report' / 'times.json'
+    missing = [name for name in ('pages/index.ipynb', 'pages/findings/results', 'times.json') if not (top / '_report' / name).exists()]
     if missing: raise InputError(str(out), 'executed pages, made by `make report`', f'no {missing[0]}')
+    made = json.loads(times.read_text())
+    fold([Run(run_folder(c)) for c in all_runs(top / 'nbs', made['preset'], made['task'], made['seeds'])], report_folder(), made['executed_from']); say(f'kept {made["runs"]} runs')
     for page in [*sorted((out / 'findings').glob('*.ipynb')), *out.glob('index.ipynb')]:
         _keep_page(read_nb(page), top / 'nbs' / page.relative_to(out)); say(f'kept {page.relative_to(out)}')
     shutil.copytree(out / 'findings' / 'results', top / 'nbs' / 'findings' / 'results', dirs_exist_ok=True)
     _keep_readme(top, say)
 
-# %% ../nbs/components/report.ipynb #8eef161e
-def tagged(
-    cells: list,  # of a notebook
-    *tags: str,
-) -> list:
-    "The cells that have one of some tags."
-    return [c for c in cells if set(tags) & set(c.metadata.get('tags', []))]
-
 # %% ../nbs/components/report.ipynb #4e44df55
-def refresh_page(
+def rests_on_kept(
     page: Path,
-    folder: Path,  # for the notebook of these cells, and what became of it
-) -> int:          # so many cells have been executed
-    "Execute again what rests on kept results alone; raises RuntimeError, and leaves the page as it was, if that fails."
-    from execnb.nbio import read_nb, write_nb
-    nb = read_nb(page); cells = nb.cells
-    chosen = cells if tagged(cells[:1], 'kept') else tagged(cells, 'parameters', 'kept')
-    if not tagged(chosen, 'kept'): return 0
-    part, done = folder / 'parts' / page.name, folder / page.name
-    part.parent.mkdir(parents=True, exist_ok=True); nb.cells = chosen; write_nb(nb, part)
-    execute_notebook(part, done, cwd=page.parent)
-    outputs = {c.id: c.outputs for c in read_nb(done).cells if c.cell_type == 'code'}
-    for c in chosen:
-        if c.id in outputs: c.outputs = outputs[c.id]
-    nb.cells = cells; _keep_page(nb, page)
-    return len(outputs)
+) -> bool:
+    "Whether a page is made of what is kept: its first cell has the tag."
+    return 'kept' in json.loads(page.read_text())['cells'][0]['metadata'].get('tags', [])
+
+def refresh_pages(
+    pages: list[Path],
+    folder: Path,            # receives the executed pages
+    parameters: dict | None = None,
+    say=print,
+):
+    "Execute pages again and keep them; raises RuntimeError, and leaves a page as it was, if that fails."
+    from execnb.nbio import read_nb
+    by_name = {p.name: p for p in pages}
+    with closing(execute_notebooks([(p, folder / p.name, parameters) for p in pages])) as ended:
+        for done, took in ended: tidy(done); _keep_page(read_nb(done), by_name[done.name]); say(f'{done.name}: {took:.0f} s')
 
 # %% ../nbs/components/report.ipynb #915858f1
-def refresh(say=print):
-    "Execute again what rests on the results in `results/full-scale` alone, and make README.md from the home page."
-    top = checkout()
-    for page in [*sorted(p for d in ('findings', 'experiments') for p in (top / 'nbs' / d).glob('*.ipynb')), top / 'nbs' / 'index.ipynb']:
-        if n := refresh_page(page, top / '_report' / 'refreshed'): say(f'{page.name}: {n} cells')
-    _keep_readme(top, say)
+def refresh(
+    only: list[str] = (),  # such as `findings/3_parameters`: by default all that rest on kept results, and then README.md
+    say=print,
+):
+    "Execute again what rests on kept results alone, and make README.md from the home page."
+    top = checkout(); nbs, folder = top / 'nbs', top / '_report' / 'refreshed'
+    pages = [p for d in ('findings', 'experiments', '.') for p in sorted((nbs / d).glob('*.ipynb')) if rests_on_kept(p)]
+    named = {p.relative_to(nbs).with_suffix('').as_posix(): p for p in pages}
+    if unknown := [n for n in only if n not in named]: raise InputError('page to refresh', f'one that rests on kept results: {", ".join(named)}', repr(unknown[0]))
+    unfold(report_folder(), folder / 'runs')
+    chosen = [p for n, p in named.items() if n in (only or named)]
+    findings = [p for p in chosen if p.parent.name == 'findings']
+    refresh_pages(findings, folder, dict(runs_dir=str(folder / 'runs')), say)
+    refresh_pages([p for p in chosen if p not in findings], folder, say=say)   # home among them, which quotes the findings
+    if nbs / 'index.ipynb' in chosen: _keep_readme(top, say)
