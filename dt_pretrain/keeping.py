@@ -35,6 +35,7 @@ def _one_table(paths):
 def fold(
     runs: list[Run],   # finished, of one runs folder
     folder: Path,      # is replaced
+    parameters: dict,  # with which pages show them: preset, task, seeds
     since: float = 0,  # measurements that nobody has read since then are left out: seconds, as from `time.time()`
 ):
     "Keep what pages need of runs; raises InputError for none, or for one that is not finished."
@@ -42,7 +43,7 @@ def fold(
     if not runs: raise InputError('runs to keep', 'some', 'none')
     new = folder.with_name(f'{folder.name}.unfinished')
     shutil.rmtree(new, ignore_errors=True); (new / 'measured').mkdir(parents=True)
-    (new / 'runs.json').write_text(json.dumps({r.name: dict(r.manifest, config=asdict(r.config)) for r in runs}, indent=1) + '\n')
+    (new / 'runs.json').write_text(json.dumps(dict(parameters=parameters, runs={r.name: dict(r.manifest, config=asdict(r.config)) for r in runs}), indent=1) + '\n')
     _one_table_of_metrics(runs).to_parquet(new / 'metrics.parquet')
     for name, paths in _in_use(runs[0].path.parents[1], since).items(): _one_table(paths).to_parquet(new / 'measured' / f'{name}.parquet')
     shutil.rmtree(folder, ignore_errors=True); new.rename(folder)
@@ -53,18 +54,18 @@ def _one_table_of_metrics(runs): return pd.concat([read_table(r.path / 'metrics.
 def unfold(
     folder: Path,    # as from `fold`
     runs_dir: Path,  # is replaced, if it came from `unfold`
-) -> list[Run]:
+) -> tuple[list[Run], dict]:   # and the parameters of pages that show them
     "Make a runs folder, without weights, of what is kept; raises InputError if nothing is, or instead of replacing other runs."
     if not (folder / 'runs.json').exists(): raise InputError(str(folder), 'runs that are kept', 'none')
     if runs_dir.exists() and not (runs_dir / KEPT).exists(): raise InputError(str(runs_dir), 'a new folder, or one of kept runs', 'another one')
     shutil.rmtree(runs_dir, ignore_errors=True); runs_dir.mkdir(parents=True); (runs_dir / KEPT).touch()
-    manifests = json.loads((folder / 'runs.json').read_text())
-    for name, manifest in manifests.items():
+    kept = json.loads((folder / 'runs.json').read_text())
+    for name, manifest in kept['runs'].items():
         (runs_dir / name).mkdir(parents=True)
         (runs_dir / name / 'config.json').write_text(json.dumps(manifest.pop('config'))); (runs_dir / name / 'manifest.json').write_text(json.dumps(manifest))
     _by_run(folder / 'metrics.parquet', lambda run: runs_dir / run / 'metrics.parquet')
     for path in (folder / 'measured').glob('*.parquet'): _by_run(path, lambda run: runs_dir / run / 'analysis' / f'{path.stem}-{KEPT}.parquet')
-    return [Run(runs_dir / name) for name in manifests]
+    return [Run(runs_dir / name) for name in kept['runs']], kept['parameters'] | dict(runs_dir=str(runs_dir))
 
 def _by_run(table, path_of):
     "Write each run's rows to where they belong."

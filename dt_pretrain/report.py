@@ -244,7 +244,8 @@ def keep(say=print):
     missing = [name for name in ('pages/index.ipynb', 'pages/findings/results', 'times.json') if not (top / '_report' / name).exists()]
     if missing: raise InputError(str(out), 'executed pages, made by `make report`', f'no {missing[0]}')
     made = json.loads(times.read_text())
-    fold([Run(run_folder(c)) for c in all_runs(top / 'nbs', made['preset'], made['task'], made['seeds'])], report_folder(), made['executed_from']); say(f'kept {made["runs"]} runs')
+    parameters = {k: made[k] for k in ('preset', 'task', 'seeds')}
+    fold([Run(run_folder(c)) for c in all_runs(top / 'nbs', **parameters)], report_folder(), parameters, made['executed_from']); say(f'kept {made["runs"]} runs')
     for page in [*sorted((out / 'findings').glob('*.ipynb')), *out.glob('index.ipynb')]:
         _keep_page(read_nb(page), top / 'nbs' / page.relative_to(out)); say(f'kept {page.relative_to(out)}')
     shutil.copytree(out / 'findings' / 'results', top / 'nbs' / 'findings' / 'results', dirs_exist_ok=True)
@@ -279,9 +280,9 @@ def refresh(
     pages = [p for d in ('findings', 'experiments', '.') for p in sorted((nbs / d).glob('*.ipynb')) if rests_on_kept(p)]
     named = {p.relative_to(nbs).with_suffix('').as_posix(): p for p in pages}
     if unknown := [n for n in only if n not in named]: raise InputError('page to refresh', f'one that rests on kept results: {", ".join(named)}', repr(unknown[0]))
-    unfold(report_folder(), folder / 'runs')
+    _, parameters = unfold(report_folder(), folder / 'runs')
     chosen = [p for n, p in named.items() if n in (only or named)]
     findings = [p for p in chosen if p.parent.name == 'findings']
-    refresh_pages(findings, folder, dict(runs_dir=str(folder / 'runs')), say)
+    refresh_pages(findings, folder, parameters, say)
     refresh_pages([p for p in chosen if p not in findings], folder, say=say)   # home among them, which quotes the findings
     if nbs / 'index.ipynb' in chosen: _keep_readme(top, say)

@@ -174,7 +174,7 @@ def test_kept_full_scale_results_belong_together():
 @pytest.mark.timeout(1500)
 def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
     "What `make report` promises: all runs, all pages, the site."
-    from dt_pretrain.report import all_runs, execute_pages, keep, report
+    from dt_pretrain.report import all_runs, execute_pages, keep, refresh, report
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("DT_PRETRAIN_RUNS", str(tmp_path / "runs"))
     front = report("smoke", jobs=2, say=lambda *_: None)
@@ -194,7 +194,12 @@ def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
     before = {p: p.read_text() for p in (checkout / "nbs").rglob("*.ipynb")}
     subprocess.run([Path(sys.executable).with_name("nbdev_clean")], check=True, cwd=checkout)
     assert [p.name for p in before if p.read_text() != before[p]] == []
-    shutil.rmtree(tmp_path / "runs")                       # a report that fails keeps the last one, and says where its failed page is
+    shutil.rmtree(tmp_path / "runs")                       # what is kept is enough to make the pages again, whatever they say
+    again = sorted(f"findings/{p.stem}" for p in before if p.parent.name == "findings" and p.stem != "full_scale")
+    saved = {n: (checkout / f"nbs/{n}.ipynb").read_text() for n in again}
+    refresh(again, say=lambda *_: None)
+    assert len(again) == 9 and [n for n in again if (checkout / f"nbs/{n}.ipynb").read_text() != saved[n]] == []
+    # a report that fails keeps the last one, and says where its failed page is
     pages = {p: p.read_text() for p in (checkout / "_report/pages").rglob("*.ipynb")}
     with pytest.raises(RuntimeError, match="unfinished/findings/0_sanity.failed.ipynb"):
         execute_pages(checkout / "nbs", checkout / "_report/pages", dict(preset="smoke", task="hopper-medium", seeds=None, runs_dir=str(tmp_path / "runs")))
