@@ -7,6 +7,7 @@ __all__ = ['CLAIMS', 'KEPT', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 
 
 # %% ../nbs/components/findings.ipynb #5127add6
 import dis, hashlib, inspect, json, math, os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -162,7 +163,7 @@ def remembered(
         path.parent.mkdir(parents=True, exist_ok=True)
         table = call()
         with whole_file(path) as tmp: table.to_parquet(tmp)
-    os.utime(path)   # so that one can see which are in use
+    with suppress(PermissionError): os.utime(path)   # so that one can see which are in use
     return read_table(path)
 
 # %% ../nbs/components/findings.ipynb #0ec73276

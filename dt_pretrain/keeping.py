@@ -21,15 +21,15 @@ def report_folder() -> Path:
 
 # %% ../nbs/components/keeping.ipynb #f0110007
 def _in_use(runs_dir, since):
-    "Measurements that were read since then: a list of paths for each function and what it measures."
+    "Measurements that were read since then: for each function and what it measures, a run's path by the run's name."
     found = {}
     for path in sorted(runs_dir.glob('*/*/analysis/*.parquet')):
-        if path.stat().st_mtime >= since: found.setdefault(path.stem.rsplit('-', 1)[0], []).append(path)
+        if path.stat().st_mtime >= since: found.setdefault(path.stem.rsplit('-', 1)[0], {})[path.parents[1].relative_to(runs_dir).as_posix()] = path
     return found
 
 def _one_table(paths):
     "Tables of several runs as one, with their names."
-    return pd.concat([read_table(p).assign(run=p.parents[1].relative_to(p.parents[3]).as_posix()) for p in paths], ignore_index=True)
+    return pd.concat([read_table(p).assign(run=run) for run, p in paths.items()], ignore_index=True)
 
 # %% ../nbs/components/keeping.ipynb #f0110008
 def fold(
@@ -44,11 +44,9 @@ def fold(
     new = folder.with_name(f'{folder.name}.unfinished')
     shutil.rmtree(new, ignore_errors=True); (new / 'measured').mkdir(parents=True)
     (new / 'runs.json').write_text(json.dumps(dict(parameters=parameters, runs={r.name: dict(r.manifest, config=asdict(r.config)) for r in runs}), indent=1) + '\n')
-    _one_table_of_metrics(runs).to_parquet(new / 'metrics.parquet')
+    _one_table({r.name: r.path / 'metrics.parquet' for r in runs}).to_parquet(new / 'metrics.parquet')
     for name, paths in _in_use(runs[0].path.parents[1], since).items(): _one_table(paths).to_parquet(new / 'measured' / f'{name}.parquet')
     shutil.rmtree(folder, ignore_errors=True); new.rename(folder)
-
-def _one_table_of_metrics(runs): return pd.concat([read_table(r.path / 'metrics.parquet').assign(run=r.name) for r in runs], ignore_index=True)
 
 # %% ../nbs/components/keeping.ipynb #f011000a
 def unfold(
