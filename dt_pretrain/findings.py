@@ -32,24 +32,25 @@ class Claim:
     effect: str       # what is measured; positive as the claim says
     control: str      # what must not show the same effect
     smallest: float   # effect that would matter
+    unit: str         # of effects, for tables
     published: str    # the paper's own evidence, with its numbers where it gives some
 
 # %% ../nbs/components/findings.ipynb #1d71bb10
 CLAIMS = {c.number: c for c in (
     Claim(1, 'Pre-trained models change their representations more', 'Reuse of features may not be the cause: pre-trained models change their representations more in fine-tuning than random ones.',
-          'change of representations (1 - CKA, before against after), language - random', 'permuted language weights', .1, 'CKA of GPT-2 and ImageGPT below random init in most layers (Fig. 1; one neuron a layer, one seed)'),
+          'change of representations (1 - CKA, before against after), language - random', 'permuted language weights', .1, '1 - CKA', 'CKA of GPT-2 and ImageGPT below random init in most layers (Fig. 1; one neuron a layer, one seed)'),
     Claim(2, 'Pre-trained representations hold less information on the data', 'A better fit to the data may not be the cause: pre-trained models\' representations hold less information on it.',
-          'information on the action, random - language (nats, held out)', 'permuted language weights', .1, 'MINE lower for GPT-2 than for random init (Fig. 2; training-set values up to 4.8 nats, above ln 100)'),
+          'information on the action, random - language (nats, held out)', 'permuted language weights', .1, 'nats', 'MINE lower for GPT-2 than for random init (Fig. 2; training-set values up to 4.8 nats, above ln 100)'),
     Claim(3, 'Some parameters stay as pre-training left them', 'Parameters that hardly change may be the cause: in pre-trained models some stay close to where they were.',
-          'relative change of parameters, random - language', 'permuted language weights', .05, 'L2 distance and cosine a tensor: GPT-2 stays, ImageGPT moves (Figs. 3, 4; one seed)'),
+          'relative change of parameters, random - language', 'permuted language weights', .05, 'of the norm', 'L2 distance and cosine a tensor: GPT-2 stays, ImageGPT moves (Figs. 3, 4; one seed)'),
     Claim(4, 'Large gradients and clipping may hurt the image model', 'The image model may fail because its gradients are large and clipping distorts them.',
-          'held-out error with clipping - without, image', 'random weights in the same architecture', .02, 'ImageGPT\'s gradient norms and confusion are larger; without clipping it does no better (Figs. 5-7; one seed)'),
+          'held-out error with clipping - without, image', 'random weights in the same architecture', .02, 'error', 'ImageGPT\'s gradient norms and confusion are larger; without clipping it does no better (Figs. 5-7; one seed)'),
     Claim(5, 'Pre-trained models learn efficiently without context', 'Even without context (K=1), the language model learns efficiently where a random one does not.',
-          'mean held-out error over training at K=1, random - language', 'permuted language weights', .01, 'hopper score at K=1: GPT-2 81.3 +- 2.5, random -0.3 +- 0.1 (Table 2; 2 seeds, best of 40)'),
+          'mean held-out error over training at K=1, random - language', 'permuted language weights', .01, 'error', 'hopper score at K=1: GPT-2 81.3 +- 2.5, random -0.3 +- 0.1 (Table 2; 2 seeds, best of 40)'),
     Claim(6, 'A single pre-trained block is enough to help', 'Even one block of the language model in a random model makes it learn more efficiently.',
-          'mean held-out error over training at K=1, random block - language block', 'a permuted block', .01, 'curves with one GPT-2 block fall faster (Fig. 9; one seed)'),
+          'mean held-out error over training at K=1, random block - language block', 'a permuted block', .01, 'error', 'curves with one GPT-2 block fall faster (Fig. 9; one seed)'),
     Claim(7, 'Context is used before fine-tuning, and still after it', 'Pre-trained models already use context in a way that serves, and keep it; this may be a cause of their efficiency.',
-          'how much the action depends on past steps before training that is still so after it, language - random', 'permuted language weights', .05, 'attention distance of GPT-2 changes less in fine-tuning (Fig. 10; one seed)'),
+          'how much the action depends on past steps before training that is still so after it, language - random', 'permuted language weights', .05, 'of the variance of predictions', 'attention distance of GPT-2 changes less in fine-tuning (Fig. 10; one seed)'),
 )}
 
 # %% ../nbs/components/findings.ipynb #186ba807
@@ -184,13 +185,13 @@ def measured(
 # %% ../nbs/components/findings.ipynb #9dafa568
 VERDICTS = ('supported', 'not supported', 'inconclusive')
 _SCHEMA = dict(number=int, claim=str, verdict=str, effect=(int, float), interval=list, effect_unit=str, beyond=list, seeds=int, preset=str, task=str, published=str, paper_protocol=str, summary=str)
-_OPTIONAL = dict(made=str, helps=str, premise=str, untested=str)   # the day that it was found; of finding 0: whether pre-training helps here at all, in a clause and in full; why a claim could not be tried here
+_OPTIONAL = dict(made=str, helps=str, later=str, premise=str, untested=str)   # the day that it was found; of finding 0: whether pre-training helps here at all, in a clause and in full; what the verdict would be without the first epoch, if it is another; why a claim could not be tried here
 
 def check_result(
     result: dict,
     name: str = 'result',  # for error messages
 ):
-    "Raise InputError unless a result has all its fields, and no others than `made`, `helps`, `premise` and `untested`, in the right types."
+    "Raise InputError unless a result has all its fields, and no others than `made`, `helps`, `later`, `premise` and `untested`, in the right types."
     if not isinstance(result, dict) or set(result) - set(_OPTIONAL) != set(_SCHEMA): raise InputError(name, f'fields {", ".join(_SCHEMA)}', ', '.join(map(str, result)))
     for field, value in result.items():
         kind = (_SCHEMA | _OPTIONAL)[field]
@@ -266,14 +267,19 @@ def share_of_first_epoch(
     later: tuple,   # from the end of the first epoch on
     updates: int,   # in an epoch
 ) -> str:
-    "How much of a difference comes from the first epoch, start included, as the beginning of a sentence."
-    return ('All' if effect[0] * later[0] <= 0 else 'Part' if abs(later[0]) < abs(effect[0]) else 'None') + f' of that comes from the first {updates} updates'
+    "How much of a difference from random weights comes from the first epoch, start included, as the beginning of a sentence."
+    return ('All' if effect[0] * later[0] <= 0 else 'Part' if abs(later[0]) < abs(effect[0]) else 'None') + f' of the difference from random weights comes from the first {updates} updates'
 
 
 # %% ../nbs/components/findings.ipynb #0b559881
 def _too_small(claim, effect, beyond):
-    "Which part of an effect is smaller than what would matter, in words."
-    return 'it' if effect[0] < claim.smallest else 'what is left of it beyond the control' if beyond[0] < claim.smallest else ''
+    "Which part of an effect is smaller than what would matter, as far as its interval or only its mean says, in words; empty if none."
+    parts = [('it', 'it', effect), ('what is left of it beyond the control', 'of what is left of it beyond the control', beyond)]
+    for what, _, (_, _, high, *_) in parts:
+        if high < claim.smallest: return f'{what} is smaller than what would matter'
+    for _, of, (mean, *_) in parts:
+        if mean < claim.smallest: return f'the mean {"" if of == "it" else of + " "}is smaller than what would matter, its interval reaches that'
+    return ''
 
 def other_verdict(
     number: int,     # of the claim
@@ -282,13 +288,13 @@ def other_verdict(
     beyond: tuple,
     updates: int,    # in the first epoch
     preset: str,
-) -> str:            # empty if the verdict stands
+) -> tuple[str, str]:   # the verdict that the rule gives then and a sentence; both empty if the verdict stands
     "What the rule says without the error before any training."
     claim = CLAIMS[number]
     other = judge(effect[:3], beyond[:3], claim.smallest, min(effect[3], beyond[3]), preset)
-    if other == verdict: return ''
+    if other == verdict: return '', ''
     what = _too_small(claim, effect, beyond) if other == 'supported' else ''
-    return f' The verdict hangs on the first {updates} updates and the error before them: counted from there on, the rule would say *{other}*: {spell(effect, 3)}, and beyond the control {spell(beyond, 3)}{f", though {what} is smaller than what would matter" * bool(what)}.'
+    return other, f' The verdict hangs on the first {updates} updates and the error before them: counted from there on, the rule would say *{other}*: {spell(effect, 3)}, and beyond the control {spell(beyond, 3)}{f", though {what}" * bool(what)}.'
 
 
 # %% ../nbs/components/findings.ipynb #957fe99b
@@ -307,13 +313,13 @@ def conclude(
     "Judge a claim, write its result, return the box with the verdict."
     claim, seeds = CLAIMS[number], min(effect[3], beyond[3])
     verdict = judge(effect[:3], beyond[:3], claim.smallest, seeds, preset)
-    if after_start: summary += other_verdict(number, verdict, *after_start, preset)
+    later, told = other_verdict(number, verdict, *after_start, preset) if after_start else ('', '')
     write_result(results_dir or results_folder(), number=number, claim=claim.title, verdict=verdict, effect=effect[0], interval=list(effect[1:3]), effect_unit=claim.effect, beyond=list(beyond[:3]),
-                 seeds=seeds, preset=preset, task=task, published=claim.published, paper_protocol=paper_protocol, summary=summary, **dict(untested=untested) if untested else {})
+                 seeds=seeds, preset=preset, task=task, published=claim.published, paper_protocol=paper_protocol, summary=summary + told, **{k: v for k, v in dict(later=later, untested=untested).items() if v})
     what = _too_small(claim, effect, beyond)
-    small = f' It is there, but {what} is smaller than what we said would matter.' if verdict == 'supported' and what else ''
+    small = f' It is there, but {what}.' if verdict == 'supported' and what else ''
     luck = ' An interval from two seeds hangs on how nearly two differences happen to agree.' if seeds == 2 else ''
-    return (f'::: {{.verdict .{verdict.replace(" ", "-")}}}\n**{verdict.capitalize()}: {claim.title[0].lower() + claim.title[1:]}.** {summary}\n\n'
+    return (f'::: {{.verdict .{verdict.replace(" ", "-")}}}\n**{verdict.capitalize()}: {claim.title[0].lower() + claim.title[1:]}.** {summary}{told}\n\n'
             f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {seeds} seed{"s" * (seeds != 1)}, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}{luck}\n:::')
 
 # %% ../nbs/components/findings.ipynb #a7041f60
