@@ -226,7 +226,9 @@ def _keep_page(nb, path):
     "Write a page into `nbs/`, clean."
     from nbdev.clean import clean_nb
     from execnb.nbio import write_nb
-    for c in nb.cells: _same_ids(c)
+    for c in nb.cells:
+        _same_ids(c)
+        if c.metadata.get('tags') == []: del c.metadata['tags']   # which papermill adds to every cell
     clean_nb(nb, allowed_cell_metadata_keys=['tags'])
     with whole_file(path) as tmp: write_nb(nb, tmp)
 
