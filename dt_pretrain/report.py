@@ -244,7 +244,7 @@ def keep(say=print):
     top = checkout()
     out, times = top / '_report' / 'pages', top / '_report' / 'times.json'
     missing = [name for name in ('pages/index.ipynb', 'pages/findings/results', 'times.json') if not (top / '_report' / name).exists()]
-    if missing: raise InputError(str(out), 'executed pages, made by `make report`', f'no {missing[0]}')
+    if missing: raise InputError(str(top / '_report'), 'executed pages, made by `make report`', f'no {missing[0]}')
     made = json.loads(times.read_text())
     parameters = {k: made[k] for k in ('preset', 'task', 'seeds')}
     fold([Run(run_folder(c)) for c in all_runs(top / 'nbs', **parameters)], report_folder(), parameters, made['executed_from']); say(f'kept {made["runs"]} runs')

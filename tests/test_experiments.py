@@ -205,5 +205,5 @@ def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
         execute_pages(checkout / "nbs", checkout / "_report/pages", dict(preset="smoke", task="hopper-medium", seeds=None, runs_dir=str(tmp_path / "runs")))
     assert pages and {p: p.read_text() for p in pages} == pages
     shutil.rmtree(checkout / "_report/pages/findings/results")
-    with pytest.raises(InputError, match="no findings/results"):
+    with pytest.raises(InputError, match="no pages/findings/results"):
         keep()
