@@ -274,11 +274,11 @@ def share_of_first_epoch(
 # %% ../nbs/components/findings.ipynb #0b559881
 def _too_small(claim, effect, beyond):
     "Which part of an effect is smaller than what would matter, as far as its interval or only its mean says, in words; empty if none."
-    parts = [('it', 'it', effect), ('what is left of it beyond the control', 'of what is left of it beyond the control', beyond)]
-    for what, _, (_, _, high, *_) in parts:
+    parts = {'it': effect, 'what is left of it beyond the control': beyond}
+    for what, (_, _, high, *_) in parts.items():
         if high < claim.smallest: return f'{what} is smaller than what would matter'
-    for _, of, (mean, *_) in parts:
-        if mean < claim.smallest: return f'the mean {"" if of == "it" else of + " "}is smaller than what would matter, its interval reaches that'
+    for what, (mean, *_) in parts.items():
+        if mean < claim.smallest: return f'{what} is in the mean smaller than what would matter, though its interval reaches that'
     return ''
 
 def other_verdict(

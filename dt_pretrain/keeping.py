@@ -56,8 +56,9 @@ def unfold(
     "Make a runs folder, without weights, of what is kept; raises InputError if nothing is, or instead of replacing other runs."
     if not (folder / 'runs.json').exists(): raise InputError(str(folder), 'runs that are kept', 'none')
     if runs_dir.exists() and not (runs_dir / KEPT).exists(): raise InputError(str(runs_dir), 'a new folder, or one of kept runs', 'another one')
+    try: kept = json.loads((folder / 'runs.json').read_text())
+    except ValueError as e: raise InputError(str(folder / 'runs.json'), 'complete JSON', e) from e
     shutil.rmtree(runs_dir, ignore_errors=True); runs_dir.mkdir(parents=True); (runs_dir / KEPT).touch()
-    kept = json.loads((folder / 'runs.json').read_text())
     for name, manifest in kept['runs'].items():
         (runs_dir / name).mkdir(parents=True)
         (runs_dir / name / 'config.json').write_text(json.dumps(manifest.pop('config'))); (runs_dir / name / 'manifest.json').write_text(json.dumps(manifest))
