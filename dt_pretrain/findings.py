@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CLAIMS', 'KEPT', 'AS_PUBLISHED', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of', 'package_code',
            'remembered', 'measured', 'as_published', 'check_result', 'results_folder', 'write_result', 'read_results',
-           'earlier_results', 'spell', 'share_of_first_epoch', 'other_verdict', 'conclude', 'words']
+           'earlier_results', 'spell', 'counted', 'share_of_first_epoch', 'other_verdict', 'conclude', 'words']
 
 # %% ../nbs/components/findings.ipynb #5127add6
 import dis, hashlib, inspect, json, math, os
@@ -272,6 +272,14 @@ def spell(
     if brief: return f"{mean} {f'[{low}, {high}]' if known else '(one seed)'}"
     return f"{mean} ({f'95 % interval {low} to {high}' if known else 'one seed, no interval'})"
 
+# %% ../nbs/components/findings.ipynb #0b55987e
+def counted(
+    n: int,
+    what: str = 'seed',
+) -> str:
+    "A number of things, for prose."
+    return f"{n:,.0f} {what}{'s' * bool(n != 1)}"
+
 # %% ../nbs/components/findings.ipynb #0b559880
 def share_of_first_epoch(
     effect: tuple,  # mean first: from the error before any training on
@@ -332,7 +340,7 @@ def conclude(
     small = f' It is there, but {what}.' if verdict == 'supported' and what else ''
     luck = ' An interval from two seeds hangs on how nearly two differences happen to agree.' if seeds == 2 else ''
     return (f'::: {{.verdict .{verdict.replace(" ", "-")}}}\n**{verdict.capitalize()}: {claim.title[0].lower() + claim.title[1:]}.** {summary}{told}\n\n'
-            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {seeds} seed{"s" * (seeds != 1)}, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}{luck}\n\n{AS_PUBLISHED[as_published]}: {paper_protocol}.\n:::')
+            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {counted(seeds)}, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}{luck}\n\n{AS_PUBLISHED[as_published]}: {paper_protocol}.\n:::')
 
 # %% ../nbs/components/findings.ipynb #a7041f60
 def words(

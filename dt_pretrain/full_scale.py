@@ -33,7 +33,7 @@ from .analysis.mutual_information import mutual_information
 from .analysis.parameter_change import parameter_change
 from .backbones import mixed_precision
 from .decision_transformer import head_statistics
-from .findings import CLAIMS, judge, paired_difference, spell
+from .findings import CLAIMS, counted, judge, paired_difference, spell
 from .finetuning import check_data, default_device, finetune, load_data, load_model
 from .rollouts import rollout
 from .runs import Run, read_table, run_folder, whole_file
@@ -573,7 +573,7 @@ def size_sentence(
     def does(term): return spell((e.estimate[term], e.low[term], e.high[term]), 3, brief=True)
     seeds = int(e.n.iloc[0])
     def do(term): return 'slow learning' if e.low[term] > 0 else 'speed up learning' if e.high[term] < 0 else 'have no effect that can be told'
-    return f"At the usual learning rate large weights {do('size')}, and the values that language training gave them {do('values')}. Large weights in place of small ones change the mean error by {does('size')}, the language model's values in place of random ones by {does('values')} (positive is worse; {head} head, {e.updates.iloc[0]} updates, {seeds} seed{'s' * (seeds > 1)})."
+    return f"At the usual learning rate large weights {do('size')}, and the values that language training gave them {do('values')}. Large weights in place of small ones change the mean error by {does('size')}, the language model's values in place of random ones by {does('values')} (positive is worse; {head} head, {e.updates.iloc[0]} updates, {counted(seeds)})."
 
 # %% ../nbs/components/full_scale.ipynb #cfb47d83
 def rates_tried(
@@ -611,10 +611,10 @@ def rates_sentence(
     chosen = runs[runs.rate == runs.weights.map(best)].set_index(['weights', 'seed']); effect = paired_difference(chosen.area, 'random', 'language')
     ends, guess = chosen.error.groupby('weights').mean(), chosen.constant_error.mean(); edge = [w for w in best.index if best[w] in (tried[0], tried[-1])]
     beyond = f"; for {' and '.join(edge)} weights that is the last rate tried on its side, so the best may lie beyond" * bool(edge)
-    if brief: return f"With the best of {len(tried)} learning rates for each, chosen by the same errors (language {best['language']:g}, random {best['random']:g}{'; the best may lie beyond these' * bool(edge)}), the error averaged from update {metrics.step[(metrics.epoch == 1) & metrics.run.isin(runs.run)].min()} on is {spell_advantage(effect, brief)} from language weights than from random ones, at the end {ends['language']:.3f} against {ends['random']:.3f} ({head} head, {runs.updates.max()} updates, {effect[3]} seed{'s' * (effect[3] > 1)})."
+    if brief: return f"With the best of {len(tried)} learning rates for each, chosen by the same errors (language {best['language']:g}, random {best['random']:g}{'; the best may lie beyond these' * bool(edge)}), the error averaged from update {metrics.step[(metrics.epoch == 1) & metrics.run.isin(runs.run)].min()} on is {spell_advantage(effect, brief)} from language weights than from random ones, at the end {ends['language']:.3f} against {ends['random']:.3f} ({head} head, {runs.updates.max()} updates, {counted(effect[3])})."
     where = conditions_of(chosen.reset_index().assign(arm=lambda d: d.weights), ['language', 'random'])
     return (f"With the best of {len(tried)} learning rates for each (chosen by these errors: language {best['language']:g}, random {best['random']:g}) the mean error over training, without the error before any training, is {spell_advantage(effect)} from language weights than from random ones; "
-            f"at the end it is {ends['language']:.3f} against {ends['random']:.3f}{f', where a constant guess has {guess:.3f}' * bool(ends.min() > guess)} ({head} head, no context, {runs.updates.max()} updates, {effect[3]} seed{'s' * (effect[3] > 1)}; {where}{beyond}).")
+            f"at the end it is {ends['language']:.3f} against {ends['random']:.3f}{f', where a constant guess has {guess:.3f}' * bool(ends.min() > guess)} ({head} head, no context, {runs.updates.max()} updates, {counted(effect[3])}; {where}{beyond}).")
 
 # %% ../nbs/components/full_scale.ipynb #55df9ec2
 def context_sentence(
@@ -627,7 +627,7 @@ def context_sentence(
         with suppress(InputError):
             (effect, n), later = advantage(metrics, 'linear', name(of), name(over)), ''
             with suppress(InputError): later = f"; without the error before any training {spell_advantage(advantage(metrics, 'linear', name(of), name(over), since=1)[0])}"
-            told.append(f"{spell_advantage(effect)} from {of} weights than from {over} ones ({n} updates, {effect[3]} seed{'s' * (effect[3] > 1)}{later})")
+            told.append(f"{spell_advantage(effect)} from {of} weights than from {over} ones ({n} updates, {counted(effect[3])}{later})")
     return f"With context (K=20, a linear head, eight windows an update) the mean error over training is {'; '.join(told)}." if told else ''
 
 # %% ../nbs/components/full_scale.ipynb #415ea837
@@ -741,7 +741,7 @@ def lead_text(
     least, own = CLAIMS[number].smallest, found['means']['language']
     small = f" Both are below the difference that would matter, {least:g}, which was set for small models. As ratios: random weights have {found['means']['random'] / own:.1f} times the language model's, permuted ones {found['means']['language-permuted'] / own:.1f} times." * bool(0 < found['effect'][0] and max(found['effect'][0], found['beyond'][0]) < least)
     means = ', '.join(f'{a} {form.format(found["means"][a])}' for a in ('language', 'random', 'language-permuted'))
-    return (f"In [full-size runs](full_scale.ipynb#what-changes-inside) (SmolLM2's body, linear head, {found['updates']} updates, {found['seeds']} seed{'s' * (found['seeds'] > 1)}), {measure}: {means}. "
+    return (f"In [full-size runs](full_scale.ipynb#what-changes-inside) (SmolLM2's body, linear head, {found['updates']} updates, {counted(found['seeds'])}), {measure}: {means}. "
             f"In the direction of the claim, language against random: {spell(found['effect'], 3)}; beyond permuted weights: {spell(found['beyond'], 3)}. By the rule for the small models: *{found['rule']}*.{small} "
             'These runs have no context (K=1) and the claim is about models that have, so this is a lead; the verdict rests on the small scale.')
 
@@ -758,7 +758,7 @@ def gradients_text(
     sizes = runs.groupby('arm')[['gradient before', 'gradient after']].mean()
     told = ', '.join(f'{a} {b:.0f} before training and {c:.0f} after it' for a, b, c in sizes.itertuples())
     return ('Among the [full-size runs](full_scale.ipynb#what-changes-inside) there is no image model, so the claim cannot be asked of them: the verdict rests on the small scale. '
-            f"The median norm of a sample's gradient there (SmolLM2's body, no context, linear head, {runs.updates.min():.0f} updates, {runs.seed.nunique()} seed{'s' * (runs.seed.nunique() > 1)}): {told}.")
+            f"The median norm of a sample's gradient there (SmolLM2's body, no context, linear head, {runs.updates.min():.0f} updates, {counted(runs.seed.nunique())}): {told}.")
 
 # %% ../nbs/components/full_scale.ipynb #68aa7ae1
 def past_text(
@@ -782,6 +782,6 @@ def blocks_text(
     def line(r):
         means = ', '.join(f'{d} {r[d]:.3f}' for d in ('untouched', *DONORS) if pd.notna(r.get(d)))
         gains = [f'{spell_advantage(r[e])} than with the {d} one' for e, d in (('effect', 'random'), ('beyond', 'permuted')) if r[e]]
-        return f"- {r['head']} head, block {r['block']} ({r['updates']} updates, {r['seeds']} seed{'s' * (r['seeds'] > 1)}; {r['products']}): {means}." + f" With the language block it is {', and '.join(gains)}." * bool(gains) + ' None of them ends with a smaller error than a constant guess.' * (not r['learned'])
+        return f"- {r['head']} head, block {r['block']} ({r['updates']} updates, {counted(r['seeds'])}; {r['products']}): {means}." + f" With the language block it is {', and '.join(gains)}." * bool(gains) + ' None of them ends with a smaller error than a constant guess.' * (not r['learned'])
     return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one of its 30 blocks from another body. In brackets: the number format of matrix products, of untouched runs and of those with a block. "Two collections": the untouched ones learned from data that were collected on another machine, so compare only those with a block with each other. '
             'Only what the language block does beyond a random and a permuted one would speak for the claim.\n\n' + '\n'.join(line(r) for _, r in found.iterrows()))
