@@ -8,9 +8,9 @@ __all__ = ['USUAL_RATE', 'COMPARED', 'HEADS', 'LENGTHS', 'DONORS', 'SQUARE', 'SM
            'conditions_of', 'read_kept', 'kept_tasks', 'compared', 'advantage', 'full_scale_verdict', 'catching_up',
            'tasks_compared', 'blocks_compared', 'size_effects', 'made_twice', 'spell_advantage', 'after_start_text',
            'by_arm_text', 'better_text', 'size_sentence', 'rates_tried', 'best_rates', 'rates_sentence',
-           'context_sentence', 'when_reached', 'got_out', 'left_saturation_sentence', 'verdicts_by_length',
-           'verdict_table', 'read_inside', 'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text',
-           'blocks_text']
+           'context_sentence', 'when_reached', 'saturation_sentence', 'single_seeds_text', 'warmup_text',
+           'verdicts_by_length', 'verdict_table', 'read_inside', 'inside_by_run', 'lead', 'lead_text', 'gradients_text',
+           'past_text', 'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -38,6 +38,7 @@ from .finetuning import check_data, default_device, finetune, load_data, load_mo
 from .rollouts import rollout
 from .runs import Run, read_table, run_folder, whole_file
 from .setups import FinetuneConfig, make_config, run_name, windows_per_step
+from .statistics import t_interval
 from .tasks import InputError, project_root, task_names
 from .trajectories import ContextSampler
 
@@ -504,7 +505,7 @@ def made_twice(
     task: str = 'hopper-medium',
     folder: Path | None = None,  # `kept_folder()` by default
     upto: int | None = None,     # compare so many updates at most
-) -> pd.DataFrame:               # a row a run: `run`, `arm`, `head`, `seed`, mean errors over the `updates` that both have, the `first` time and `again`, and whether both learned from the `same_data`
+) -> pd.DataFrame:               # a row a run: `run`, `arm`, `head`, `seed`, mean errors over the `updates` that both have, the `first` time and `again`, and whether both learned from the `same_data` with the `same_products` of matrices
     "What differs in runs that were made twice."
     folder = folder or kept_folder()
     if not (folder / 'earlier' / f'{task}.parquet').exists(): return pd.DataFrame()
@@ -515,7 +516,7 @@ def made_twice(
         shared = {s for s in set.intersection(*(set(d.step) for d in pair)) if upto is None or s <= upto}
         if len(shared) < 2: continue   # just begun
         first, again = (area_under_curve(d[d.step.isin(shared)]).area.item() for d in pair)
-        rows.append(dict(run=run, **pair[1][['arm', 'head', 'seed']].iloc[0], first=first, again=again, updates=max(shared), same_data=pd.concat(pair).constant_error.nunique() == 1))
+        rows.append(dict(run=run, **pair[1][['arm', 'head', 'seed']].iloc[0], first=first, again=again, updates=max(shared), same_data=pd.concat(pair).constant_error.nunique() == 1, same_products=pd.concat(pair).products.nunique() == 1))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #7783f9e1
@@ -602,19 +603,16 @@ def best_rates(
 def rates_sentence(
     metrics: pd.DataFrame,
     head: str = 'linear',
-    brief: bool = False, # for a box
 ) -> str:                # empty without runs at several rates
     "Language against random weights, each at the learning rate that is best for them."
     try: runs = rates_tried(metrics, head)
     except InputError: return ''
     best, tried = best_rates(runs), sorted(runs.rate.unique())
     chosen = runs[runs.rate == runs.weights.map(best)].set_index(['weights', 'seed']); effect = paired_difference(chosen.area, 'random', 'language')
-    ends, guess = chosen.error.groupby('weights').mean(), chosen.constant_error.mean(); edge = [w for w in best.index if best[w] in (tried[0], tried[-1])]
-    beyond = f"; for {' and '.join(edge)} weights that is the last rate tried on its side, so the best may lie beyond" * bool(edge)
-    if brief: return f"With the best of {len(tried)} learning rates for each, chosen by the same errors (language {best['language']:g}, random {best['random']:g}{'; the best may lie beyond these' * bool(edge)}), the error averaged from update {metrics.step[(metrics.epoch == 1) & metrics.run.isin(runs.run)].min()} on is {spell_advantage(effect, brief)} from language weights than from random ones, at the end {ends['language']:.3f} against {ends['random']:.3f} ({head} head, {runs.updates.max()} updates, {counted(effect[3])})."
+    ends, guess = chosen.error.groupby('weights').mean(), chosen.constant_error.mean(); edge = any(best[w] in (tried[0], tried[-1]) for w in best.index)
     where = conditions_of(chosen.reset_index().assign(arm=lambda d: d.weights), ['language', 'random'])
-    return (f"With the best of {len(tried)} learning rates for each (chosen by these errors: language {best['language']:g}, random {best['random']:g}) the mean error over training, without the error before any training, is {spell_advantage(effect)} from language weights than from random ones; "
-            f"at the end it is {ends['language']:.3f} against {ends['random']:.3f}{f', where a constant guess has {guess:.3f}' * bool(ends.min() > guess)} ({head} head, no context, {runs.updates.max()} updates, {counted(effect[3])}; {where}{beyond}).")
+    return (f"With the best of {len(tried)} learning rates for each, chosen by the same errors (language {best['language']:g}, random {best['random']:g}{'; the best may lie beyond these' * edge}), the error averaged from update {metrics.step[(metrics.epoch == 1) & metrics.run.isin(runs.run)].min()} on is {spell_advantage(effect, brief=True)} from language weights than from random ones, "
+            f"at the end {ends['language']:.3f} against {ends['random']:.3f}{f', where a constant guess has {guess:.3f}' * bool(ends.min() > guess)} ({head} head, {runs.updates.max()} updates, {counted(effect[3])}; {where}).")
 
 # %% ../nbs/components/full_scale.ipynb #55df9ec2
 def context_sentence(
@@ -637,31 +635,43 @@ def when_reached(
     "Between which measurements the arm ahead was where the other ends."
     return f'between updates {race.above:,} and {race.below:,}' if race.above else f'before update {race.below:,}' if race.below else 'from the start'
 
-# %% ../nbs/components/full_scale.ipynb #5a0d1e02
-def got_out(
-    metrics: pd.DataFrame,  # from `read_kept`
-    head: str,
-    arms: list[str],
-    updates: int,           # after so many; shorter runs do not count
-) -> pd.DataFrame:          # a row an arm that has such runs: how many are `out`, and of how many `runs`
-    "How many runs have fewer saturated outputs than before training."
-    d = metrics[(metrics['head'] == head) & metrics.arm.isin(arms) & metrics.step.isin([0, updates])]
-    saturated = d.pivot(index=['arm', 'run'], columns='step', values='saturated').reindex(columns=[0, updates]).dropna()
-    return (saturated[updates] < saturated[0]).groupby('arm').agg(out='sum', runs='size').reindex(arms).dropna().astype(int)
-
 # %% ../nbs/components/full_scale.ipynb #5a0d1e03
-def left_saturation_sentence(
+def saturation_sentence(
     metrics: pd.DataFrame,  # from `read_kept`
     lengths=LENGTHS,
     arms=COMPARED,
-) -> str:                   # empty if no runs are as long
-    "How many bodies of each kind get out of the tied head's saturation."
-    told = {n: by_arm_text({a: f'{r.out} of {r.runs}' for a, r in found.iterrows()}) for n in lengths if len(found := got_out(metrics, 'tied', arms, n))}
-    if not told: return ''
-    at = metrics[(metrics['head'] == 'tied') & (metrics.arm == 'language') & metrics.step.isin([0, max(told)])].pivot(index='seed', columns='step', values='saturated').dropna()
-    said = '; '.join(f'after {n:,} updates {t}' for n, t in told.items())
-    paths = ', '.join(f'{a:.0%} → {b:.0%}' for a, b in at.itertuples(index=False))
-    return f"Runs with the tied head in SmolLM2's body that have fewer saturated outputs than before training: {said}." + f' The share in the language model, seed by seed: {paths}.' * bool(paths)
+) -> str:                   # empty if no language models were trained for the first of these lengths
+    "How saturated the tied head is, before training and after some updates: of each language model, and of all bodies of another kind."
+    at = metrics[(metrics['head'] == 'tied') & metrics.arm.isin(arms) & metrics.step.isin([0, *lengths])].pivot(index=['arm', 'seed'], columns='step', values='saturated').reindex(columns=[0, *lengths])
+    at = at[at[lengths[0]].notna()]
+    if 'language' not in at.index.unique('arm'): return ''
+    paths = '; '.join(' → '.join(f'{x:.0%}' for x in path if x == x) for path in at.loc['language'].to_numpy())
+    ends = at.drop(index='language').ffill(axis=1)[lengths[-1]]
+    return f"Saturated outputs with the tied head in SmolLM2's body, before training and after {' and '.join(f'{n:,}' for n in lengths)} updates, from language weights seed by seed: {paths}." + f" The {len(ends)} other bodies ({by_arm_text(ends.groupby('arm').size().reindex(arms).dropna().astype(int).to_dict())}) end with {ends.min():.0%} to {ends.max():.0%}." * bool(len(ends))
+
+# %% ../nbs/components/full_scale.ipynb #5a0d1e0a
+def single_seeds_text(
+    metrics: pd.DataFrame,  # from `read_kept`
+    head: str,
+    updates: int,           # over which there is a verdict
+) -> str:                   # empty unless that is *supported*
+    "How much a verdict of *supported* hangs on single seeds."
+    there = metrics[metrics.step <= updates]; verdict = full_scale_verdict(there, head, updates)
+    if verdict['verdict'] != 'supported': return ''
+    runs = compared(there, head, COMPARED, updates); language = runs[runs.arm == 'language'].sort_values('seed')
+    without = {s: full_scale_verdict(there[there.seed != s], head, updates)['verdict'] for s in language.seed} if len(language) > 2 else {}
+    turned = {v: [str(s) for s, w in without.items() if w == v] for v in sorted(set(without.values()) - {'supported'})}
+    hangs = ' '.join(f"Without {'seed' if len(seeds) == 1 else 'any one of seeds'} {', '.join(seeds)} the rule would say *{v}*." for v, seeds in turned.items()) or 'It would stand without any one of them.'
+    return (f"*Supported* with {HEADS[head]} over {updates:,} updates rests on {len(language)} seeds. {hangs} Errors from language weights end at {', '.join(f'{e:.2f}' for e in language.error)}, in the mean at {spell(t_interval(language.error)[:3])}, where a constant guess has {verdict['constant']:.2f}; "
+            f"averaged over training the error is {language.area.mean():.2f}.")
+
+def warmup_text(
+    metrics: pd.DataFrame,  # from `read_kept`
+) -> str:                   # empty if no such runs are kept
+    "Language against random weights with the paper's head and warm-up."
+    try: effect, n = advantage(metrics, 'tied', 'language, long warm-up', 'random, long warm-up')
+    except InputError: return ''
+    return f"With the paper's own warm-up and its head the mean error over {n:,} updates is {spell_advantage(effect)} from language weights than from random ones."
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e05
 def verdicts_by_length(
@@ -679,12 +689,12 @@ def verdicts_by_length(
 def verdict_table(
     verdicts: dict,  # by head, from `verdicts_by_length`
 ) -> str:            # Markdown
-    "What the verdicts are and how the runs end; the differences that they rest on are for another table."
-    def row(head, v): return [f"{head}, {v['updates']:,}", f"**{v['verdict']}**", *(f"{v['errors'][a]:.2f} ({v['scores'][a]:.0f})" for a in COMPARED)]
+    "What the verdicts are, the difference that they are about, and how the runs end."
+    def row(head, v): return [f"{head}, {v['updates']:,}", f"**{v['verdict']}**", spell(v['effect'], 2, brief=True), v['seeds'], *(f"{v['errors'][a]:.2f} ({v['scores'][a]:.0f})" for a in COMPARED)]
     rows = [row(head, v) for head, vs in verdicts.items() for v in vs]; guess = {f"{v['constant']:.2f}" for vs in verdicts.values() for v in vs}
-    names = [a.removeprefix('language-') for a in COMPARED]
-    table = '\n'.join(f"| {' | '.join(cells)} |" for cells in (['head, updates', 'verdict', *names], ['---'] * (len(names) + 2), *rows))
-    return f"{table}\n\nUnder the weights' names: held-out error at the end (score in brackets), means over seeds. A constant guess has an error of {' or '.join(sorted(guess))}."
+    heading = ['head, updates', 'verdict', 'ahead of random by', 'seeds', *(a.removeprefix('language-') for a in COMPARED)]
+    table = '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (heading, ['---'] * len(heading), *rows))
+    return f"{table}\n\n*Ahead*: how much lower the error, averaged over training, is from language weights (negative: higher), with its 95 % interval. Under the weights' names: error at the end (score of ten episodes in brackets), means over seeds. A constant guess has an error of {' or '.join(sorted(guess))}."
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
 def read_inside(
