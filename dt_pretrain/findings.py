@@ -183,15 +183,15 @@ def measured(
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/components/findings.ipynb #97523c56
-AS_PUBLISHED = dict(yes="The paper's protocol gives the paper's result here", no="The paper's protocol does not give the paper's result here", unclear="Whether the paper's protocol gives the paper's result here cannot be told")
+AS_PUBLISHED = dict(yes="The paper's protocol gives the paper's result here", no="The paper's protocol gives the opposite of the paper's result here", mixed="The paper's protocol gives the paper's result here in some seeds or quantities and the opposite in others")
 
 def as_published(
-    *comparisons: tuple[pd.Series, str, str],  # numbers as for `paired_difference`, the initialisation that the paper has higher, and the lower one
+    *comparisons: tuple[pd.Series, str, str],  # numbers, index (initialisation, seed); the initialisation that the paper has higher, and the lower one
 ) -> str:                                      # one of AS_PUBLISHED
-    "Whether all differences are as the paper has them: by their sign if from one seed, else by their 95 % interval."
-    found = [paired_difference(*c) for c in comparisons]
-    so, not_so = zip(*((mean > 0, mean <= 0) if n == 1 else (low > 0, high < 0) for mean, low, high, n in found))
-    return 'yes' if all(so) else 'no' if any(not_so) else 'unclear'
+    "Whether differences, seed by seed, have the direction that the paper saw: all, none, or some."
+    so = np.concatenate([(numbers[a] - numbers[b]).dropna() > 0 for numbers, a, b in comparisons])
+    if not len(so): raise InputError('seeds to compare', 'at least one in common', 'none')
+    return 'yes' if so.all() else 'mixed' if so.any() else 'no'
 
 # %% ../nbs/components/findings.ipynb #9dafa568
 VERDICTS = ('supported', 'not supported', 'inconclusive')
