@@ -196,7 +196,7 @@ def as_published(
 # %% ../nbs/components/findings.ipynb #9dafa568
 VERDICTS = ('supported', 'not supported', 'inconclusive')
 _SCHEMA = dict(number=int, claim=str, verdict=str, effect=(int, float), interval=list, effect_unit=str, beyond=list, seeds=int, preset=str, task=str, published=str, paper_protocol=str, summary=str)
-_OPTIONAL = dict(made=str, helps=str, later=str, premise=str, untested=str, as_published=str)   # the day that it was found; of finding 0: whether pre-training helps here at all, in a clause and in full; what the verdict would be without the first epoch, if it is another; why a claim could not be tried here; of claims: whether the paper's protocol gives the paper's result
+_OPTIONAL = dict(made=str, helps=str, later=str, untested=str, as_published=str)   # the day that it was found; of finding 0: whether pre-training helps here at all, in a clause; what the verdict would be without the first epoch, if it is another; why a claim could not be tried here; of claims: whether the paper's protocol gives the paper's result
 
 def check_result(
     result: dict,

@@ -8,9 +8,9 @@ __all__ = ['USUAL_RATE', 'COMPARED', 'HEADS', 'LENGTHS', 'OUT', 'DONORS', 'SQUAR
            'two_collections', 'conditions_of', 'read_kept', 'kept_tasks', 'compared', 'advantage', 'full_scale_verdict',
            'catching_up', 'tasks_compared', 'blocks_compared', 'size_effects', 'made_twice', 'spell_advantage',
            'after_start_text', 'by_arm_text', 'better_text', 'size_sentence', 'rates_tried', 'best_rates',
-           'rates_sentence', 'context_sentence', 'when_reached', 'saturation_sentence', 'single_seeds_text',
-           'warmup_text', 'verdicts_by_length', 'verdict_table', 'read_inside', 'inside_by_run', 'lead', 'lead_text',
-           'gradients_text', 'past_text', 'blocks_text']
+           'at_best_rates', 'rates_sentence', 'context_sentence', 'when_reached', 'saturation_sentence', 'hangs_text',
+           'single_seeds_text', 'warmup_text', 'verdicts_by_length', 'verdict_table', 'read_inside', 'inside_by_run',
+           'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -601,17 +601,24 @@ def best_rates(
     return runs.groupby(['weights', 'rate']).area.mean().unstack().idxmin(axis=1)
 
 # %% ../nbs/components/full_scale.ipynb #cfb47d85
+def at_best_rates(
+    metrics: pd.DataFrame,
+    head: str,
+) -> tuple[pd.DataFrame, tuple]:  # these runs, as from `rates_tried`; how much lower the error from language weights is than from random ones
+    "Language and random weights, each at the learning rate that is best for them; raises InputError as `rates_tried`."
+    runs = rates_tried(metrics, head); chosen = runs[runs.rate == runs.weights.map(best_rates(runs))]
+    return chosen, paired_difference(chosen.set_index(['weights', 'seed']).area, 'random', 'language')
+
 def rates_sentence(
     metrics: pd.DataFrame,
     head: str = 'linear',
 ) -> str:                # empty without runs at several rates
     "Language against random weights, each at the learning rate that is best for them."
-    try: runs = rates_tried(metrics, head)
+    try: runs, (chosen, effect) = rates_tried(metrics, head), at_best_rates(metrics, head)
     except InputError: return ''
-    best, tried = best_rates(runs), sorted(runs.rate.unique())
-    chosen = runs[runs.rate == runs.weights.map(best)].set_index(['weights', 'seed']); effect = paired_difference(chosen.area, 'random', 'language')
-    ends, guess = chosen.error.groupby('weights').mean(), chosen.constant_error.mean(); edge = any(best[w] in (tried[0], tried[-1]) for w in best.index)
-    where = conditions_of(chosen.reset_index().assign(arm=lambda d: d.weights), ['language', 'random'])
+    best, tried = chosen.groupby('weights').rate.first(), sorted(runs.rate.unique())
+    ends, guess = chosen.groupby('weights').error.mean(), chosen.constant_error.mean(); edge = any(best[w] in (tried[0], tried[-1]) for w in best.index)
+    where = conditions_of(chosen.assign(arm=lambda d: d.weights), ['language', 'random'])
     return (f"With the best of {len(tried)} learning rates for each, chosen by the same errors (language {best['language']:g}, random {best['random']:g}{'; the best may lie beyond these' * edge}), the error averaged from update {metrics.step[(metrics.epoch == 1) & metrics.run.isin(runs.run)].min()} on is {spell_advantage(effect, brief=True)} from language weights than from random ones, "
             f"at the end {ends['language']:.3f} against {ends['random']:.3f}{f', where a constant guess has {guess:.3f}' * bool(ends.min() > guess)} ({head} head, {runs.updates.max()} updates, {counted(effect[3])}; {where}).")
 
@@ -651,19 +658,27 @@ def saturation_sentence(
     return f"Saturated outputs with the tied head in SmolLM2's body, before training and after {' and '.join(f'{n:,}' for n in lengths)} updates, from language weights seed by seed: {paths}." + f" The {len(ends)} other bodies ({by_arm_text(ends.groupby('arm').size().reindex(arms).dropna().astype(int).to_dict())}) end with {ends.min():.0%} to {ends.max():.0%}." * bool(len(ends))
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e0a
+def hangs_text(
+    metrics: pd.DataFrame,  # from `read_kept`
+    head: str,
+    updates: int,           # over which there is a verdict
+) -> str:                   # empty unless that is *supported*
+    "Without which single seeds the rule would not say *supported*."
+    there = metrics[metrics.step <= updates]
+    if full_scale_verdict(there, head, updates)['verdict'] != 'supported': return ''
+    without = {str(s): full_scale_verdict(there[there.seed != s], head, updates)['verdict'] for s in sorted(compared(there, head, COMPARED, updates).seed.unique())}
+    turned = {v: [s for s, w in without.items() if w == v] for v in sorted(set(without.values()) - {'supported'})}
+    return ' '.join(f"Without seed {', '.join(seeds[:-1])}{' or ' * (len(seeds) > 1)}{seeds[-1]} the rule would say *{v}*." for v, seeds in turned.items()) or 'It would stand without any one of them.'
+
 def single_seeds_text(
     metrics: pd.DataFrame,  # from `read_kept`
     head: str,
     updates: int,           # over which there is a verdict
 ) -> str:                   # empty unless that is *supported*
     "How much a verdict of *supported* hangs on single seeds."
-    there = metrics[metrics.step <= updates]; verdict = full_scale_verdict(there, head, updates)
-    if verdict['verdict'] != 'supported': return ''
-    runs = compared(there, head, COMPARED, updates); language = runs[runs.arm == 'language'].sort_values('seed')
-    without = {s: full_scale_verdict(there[there.seed != s], head, updates)['verdict'] for s in language.seed}
-    turned = {v: [str(s) for s, w in without.items() if w == v] for v in sorted(set(without.values()) - {'supported'})}
-    hangs = ' '.join(f"Without seed {', '.join(seeds[:-1])}{' or ' * (len(seeds) > 1)}{seeds[-1]} the rule would say *{v}*." for v, seeds in turned.items()) or 'It would stand without any one of them.'
-    return (f"*Supported* with {HEADS[head]} over {updates:,} updates rests on {len(language)} seeds. {hangs} Errors from language weights end at {', '.join(f'{r.error:.2f} (seed {r.seed})' for r in language.itertuples())}, in the mean at {spell(t_interval(language.error)[:3])}, where a constant guess has {verdict['constant']:.2f}; "
+    if not (hangs := hangs_text(metrics, head, updates)): return ''
+    runs = compared(metrics[metrics.step <= updates], head, COMPARED, updates); language = runs[runs.arm == 'language'].sort_values('seed')
+    return (f"*Supported* with {HEADS[head]} over {updates:,} updates rests on {len(language)} seeds. {hangs} Errors from language weights end at {', '.join(f'{r.error:.2f} (seed {r.seed})' for r in language.itertuples())}, in the mean at {spell(t_interval(language.error)[:3])}, where a constant guess has {runs.constant_error.mean():.2f}; "
             f"averaged over training the error is {language.area.mean():.2f}.")
 
 def warmup_text(
@@ -693,11 +708,11 @@ def verdict_table(
     verdicts: dict,  # by head, from `verdicts_by_length`
 ) -> str:            # Markdown
     "What the verdicts are, the difference that they are about, and how the runs end."
-    def row(head, v): return [f"{head}, {v['updates']:,}", f"**{v['verdict']}**", spell(v['effect'], 2, brief=True), v['seeds'], *(f"{v['errors'][a]:.2f} ({v['scores'][a]:.0f})" for a in COMPARED)]
+    def row(head, v): return [f"{head}, {v['updates']:,}", f"**{v['verdict']}**", spell(v['effect'], 2, brief=True), f"{v['lower']['random']} of {v['seeds']}", *(f"{v['errors'][a]:.2f} ({v['scores'][a]:.0f})" for a in COMPARED)]
     rows = [row(head, v) for head, vs in verdicts.items() for v in vs]; guess = {f"{v['constant']:.2f}" for vs in verdicts.values() for v in vs}
-    heading = ['head, updates', 'verdict', 'ahead of random by', 'seeds', *(a.removeprefix('language-') for a in COMPARED)]
+    heading = ['head, updates', 'verdict', 'ahead of random by', 'in seeds', *(a.removeprefix('language-') for a in COMPARED)]
     table = '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (heading, ['---'] * len(heading), *rows))
-    return f"{table}\n\n*Ahead*: how much lower the error, averaged over training, is from language weights (negative: higher), with its 95 % interval. Under the weights' names: error at the end (score of ten episodes in brackets), means over seeds. A constant guess has an error of {' or '.join(sorted(guess))}."
+    return f"{table}\n\n*Ahead*: how much lower the error, averaged over training, is from language weights than from random ones (negative: higher), with its 95 % interval, and in how many seeds. Under the weights' names: error at the end (score of ten episodes in brackets), means over seeds. A constant guess has an error of {' or '.join(sorted(guess))}."
 
 # %% ../nbs/components/full_scale.ipynb #a47de925
 def read_inside(
