@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['CLAIMS', 'KEPT', 'AS_PUBLISHED', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of', 'package_code',
            'remembered', 'measured', 'as_published', 'check_result', 'results_folder', 'write_result', 'read_results',
-           'earlier_results', 'spell', 'counted', 'share_of_first_epoch', 'other_verdict', 'conclude', 'words']
+           'earlier_results', 'spell', 'counted', 'of_two', 'share_of_first_epoch', 'other_verdict', 'conclude',
+           'words']
 
 # %% ../nbs/components/findings.ipynb #5127add6
 import dis, hashlib, inspect, json, math, os
@@ -281,6 +282,12 @@ def counted(
     return f"{n:,.0f} {what}{'s' * bool(n != 1)}"
 
 # %% ../nbs/components/findings.ipynb #0b559880
+def of_two(
+    seeds: int,
+) -> str:       # empty for other numbers of seeds
+    "What to say beside intervals from two seeds."
+    return ' An interval from two seeds hangs on how nearly two differences happen to agree.' * (seeds == 2)
+
 def share_of_first_epoch(
     effect: tuple,  # mean first: from the error before any training on
     later: tuple,   # from the end of the first epoch on
@@ -338,16 +345,15 @@ def conclude(
                  seeds=seeds, preset=preset, task=task, published=claim.published, as_published=as_published, paper_protocol=paper_protocol, summary=summary + told, **{k: v for k, v in dict(later=later, untested=untested).items() if v})
     what = _too_small(claim, effect, beyond)
     small = f' It is there, but {what}.' if verdict == 'supported' and what else ''
-    luck = ' An interval from two seeds hangs on how nearly two differences happen to agree.' if seeds == 2 else ''
     return (f'::: {{.verdict .{verdict.replace(" ", "-")}}}\n**{verdict.capitalize()}: {claim.title[0].lower() + claim.title[1:]}.** {summary}{told}\n\n'
-            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {counted(seeds)}, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}{luck}\n\n{AS_PUBLISHED[as_published]}: {paper_protocol}.\n:::')
+            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {counted(seeds)}, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}{of_two(seeds)}\n\n{AS_PUBLISHED[as_published]}: {paper_protocol}.\n:::')
 
 # %% ../nbs/components/findings.ipynb #a7041f60
 def words(
     top: str = '../',  # from the page to the top of the notebooks
 ) -> str:              # Markdown, folded
     "What the findings pages and home mean by their words."
-    return f"""<details><summary>Words on this page</summary>
+    return f"""<details><summary>Words of these pages</summary>
 
 - *Random*, *language*, *image*, *synthetic-markov*: where the weights of the body, a transformer's blocks, come from: an initialisation, or [pre-training]({top}components/pretraining.ipynb) on text, on pictures, on sequences of a Markov chain. *Image-in-gpt2*: the image model's weights in GPT-2's blocks, as the paper loaded them. *Image-random*: an initialisation in the image model's blocks.
 - *Permuted*: the language model's numbers, shuffled inside each tensor. *Moments*: random numbers with each tensor's mean and standard deviation. [Controls]({top}components/backbones.ipynb#controls): neither has the language model's knowledge.

@@ -33,7 +33,7 @@ from .analysis.mutual_information import mutual_information
 from .analysis.parameter_change import parameter_change
 from .backbones import mixed_precision
 from .decision_transformer import head_statistics
-from .findings import CLAIMS, counted, judge, paired_difference, spell
+from .findings import CLAIMS, counted, judge, of_two, paired_difference, spell
 from .finetuning import check_data, default_device, finetune, load_data, load_model
 from .rollouts import rollout
 from .runs import Run, read_table, run_folder, whole_file
@@ -683,13 +683,15 @@ def single_seeds_text(
 
 def warmup_text(
     metrics: pd.DataFrame,  # from `read_kept`
+    brief: bool = False,    # without the errors at the end
 ) -> str:                   # empty if no such runs are kept
     "Language against random weights with the paper's head and warm-up."
     arms = ['language, long warm-up', 'random, long warm-up']
     try: (effect, n), runs = advantage(metrics, 'tied', *arms), compared(metrics, 'tied', arms)
     except InputError: return ''
     ends = runs.groupby('arm').error.mean()
-    return f"With the paper's own warm-up and its head the mean error over {n:,} updates is {spell_advantage(effect)} from language weights than from random ones; errors at the end are {ends[arms[0]]:.2f} and {ends[arms[1]]:.2f}, where a constant guess has {runs.constant_error.mean():.2f} ({conditions_of(runs, arms)})."
+    at_end = f"; errors at the end are {ends[arms[0]]:.2f} and {ends[arms[1]]:.2f}, where a constant guess has {runs.constant_error.mean():.2f} ({conditions_of(runs, arms)})" * (not brief)
+    return f"With the paper's own warm-up and its head the mean error over {n:,} updates is {spell_advantage(effect)} from language weights than from random ones{at_end}."
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e05
 def verdicts_by_length(
@@ -771,7 +773,7 @@ def lead_text(
     means = ', '.join(f'{a} {form.format(found["means"][a])}' for a in ('language', 'random', 'language-permuted'))
     return (f"In [full-size runs](full_scale.ipynb#what-changes-inside) (SmolLM2's body, linear head, {found['updates']} updates, {counted(found['seeds'])}), {measure}: {means}. "
             f"In the direction of the claim, language against random: {spell(found['effect'], 3)}; beyond permuted weights: {spell(found['beyond'], 3)}. By the rule for the small models: *{found['rule']}*.{small} "
-            'These runs have no context (K=1) and the claim is about models that have, so this is a lead; the verdict rests on the small scale.')
+            f'These runs have no context (K=1) and the claim is about models that have, so this is a lead; the verdict rests on the small scale.{of_two(found["seeds"])}')
 
 # %% ../nbs/components/full_scale.ipynb #34e05a7d
 def gradients_text(

@@ -185,7 +185,7 @@ def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
     metrics = pd.concat(r.metrics for r in find_runs(tmp_path / "runs"))
     assert set(metrics.epoch) == {0, 1, 2} and metrics[["held_out_error", "return_mean"]].notna().all().all()
     home = (checkout / "_report/pages/index.ipynb").read_text()
-    assert "7 are inconclusive" in home and "injected-parameters" not in home
+    assert "seven are inconclusive" in home and "injected-parameters" not in home
     assert all(f"findings/{p.stem}.html" in front.read_text() for p in (checkout / "nbs/findings").glob("[1-7]_*.ipynb"))
     listed = (front.parent / "experiments/runs.html").read_text()
     assert all((front.parent / f"runs/hopper-medium/{run_name(c)}.html").exists() and run_name(c) in listed for c in configs)
