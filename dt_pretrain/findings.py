@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CLAIMS', 'KEPT', 'AS_PUBLISHED', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of', 'package_code',
            'remembered', 'measured', 'as_published', 'check_result', 'results_folder', 'write_result', 'read_results',
-           'earlier_results', 'spell', 'counted', 'of_two', 'share_of_first_epoch', 'other_verdict', 'conclude',
+           'earlier_results', 'spell', 'counted', 'two_seeds_text', 'share_of_first_epoch', 'other_verdict', 'conclude',
            'words']
 
 # %% ../nbs/components/findings.ipynb #5127add6
@@ -282,7 +282,7 @@ def counted(
     return f"{n:,.0f} {what}{'s' * bool(n != 1)}"
 
 # %% ../nbs/components/findings.ipynb #0b559880
-def of_two(
+def two_seeds_text(
     seeds: int,
 ) -> str:       # empty for other numbers of seeds
     "What to say beside intervals from two seeds."
@@ -291,21 +291,20 @@ def of_two(
 def share_of_first_epoch(
     effect: tuple,  # mean first: from the error before any training on
     later: tuple,   # from the end of the first epoch on
-    updates: int,   # in an epoch
+    errors: pd.DataFrame,   # `initialisation`, `epoch`, `step`, `held_out_error` of the runs
 ) -> str:
     "How much of a difference from random weights comes from the first epoch, start included, as the beginning of a sentence."
-    return ('All' if effect[0] * later[0] <= 0 else 'Part' if abs(later[0]) < abs(effect[0]) else 'None') + f' of the difference from random weights comes from the first {updates} updates'
+    at = errors.groupby(['initialisation', 'epoch']).held_out_error.mean(); language, random = at['language'], at['random']
+    return (('All' if effect[0] * later[0] <= 0 else 'Part' if abs(later[0]) < abs(effect[0]) else 'None') + f' of the difference from random weights comes from the error before any training ({language[0]:.2f} from language weights, {random[0]:.2f} from random ones) '
+            f'and the first {errors.step[errors.epoch == 1].max()} updates, after which errors are {language[1]:.3f} and {random[1]:.3f}')
 
 
 # %% ../nbs/components/findings.ipynb #0b559881
 def _too_small(claim, effect, beyond):
     "Which part of an effect is smaller than what would matter, as far as its interval or only its mean says, in words; empty if none."
     parts = {'it': effect, 'what is left of it beyond the control': beyond}
-    for what, (_, _, high, *_) in parts.items():
-        if high < claim.smallest: return f'{what} is smaller than what would matter'
-    for what, (mean, *_) in parts.items():
-        if mean < claim.smallest: return f'{what} is in the mean smaller than what would matter, though its interval reaches that'
-    return ''
+    def small(what, mean, high): return f'{what} is smaller than what would matter' if high < claim.smallest else f'{what} is in the mean smaller than what would matter, though its interval reaches that' if mean < claim.smallest else ''
+    return ', and '.join(filter(None, (small(what, mean, high) for what, (mean, _, high, *_) in parts.items())))
 
 def other_verdict(
     number: int,     # of the claim
@@ -346,7 +345,7 @@ def conclude(
     what = _too_small(claim, effect, beyond)
     small = f' It is there, but {what}.' if verdict == 'supported' and what else ''
     return (f'::: {{.verdict .{verdict.replace(" ", "-")}}}\n**{verdict.capitalize()}: {claim.title[0].lower() + claim.title[1:]}.** {summary}{told}\n\n'
-            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {counted(seeds)}, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}{of_two(seeds)}\n\n{AS_PUBLISHED[as_published]}: {paper_protocol}.\n:::')
+            f'Effect: {claim.effect}: {spell(effect, 3)}. Beyond the control ({claim.control}): {spell(beyond, 3)}. {counted(seeds)}, {task}, preset `{preset}`; what would matter is {claim.smallest:g} or more.{small}{two_seeds_text(seeds)}\n\n{AS_PUBLISHED[as_published]}: {paper_protocol}.\n:::')
 
 # %% ../nbs/components/findings.ipynb #a7041f60
 def words(

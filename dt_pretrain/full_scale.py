@@ -33,7 +33,7 @@ from .analysis.mutual_information import mutual_information
 from .analysis.parameter_change import parameter_change
 from .backbones import mixed_precision
 from .decision_transformer import head_statistics
-from .findings import CLAIMS, counted, judge, of_two, paired_difference, spell
+from .findings import CLAIMS, counted, judge, paired_difference, spell, two_seeds_text
 from .finetuning import check_data, default_device, finetune, load_data, load_model
 from .rollouts import rollout
 from .runs import Run, read_table, run_folder, whole_file
@@ -471,19 +471,18 @@ DONORS = ('language', 'language-permuted', 'random')
 def blocks_compared(
     metrics: pd.DataFrame,  # from `read_kept`
     least: int = 600,       # updates that a run must have to count
-) -> pd.DataFrame:          # a row a head and block: mean error over training `untouched` and with the block of each of DONORS that was run; how much lower it is with the language block than with the random one (`effect`) and the permuted one (`beyond`), as from `paired_difference`, None without such runs; `seeds`, `updates`, `products` of those untouched and those with a block, and whether any has `learned` more than a constant guess at the end
+) -> pd.DataFrame:          # a row a head and block: mean error over training with the block of each of DONORS that was run; how much lower it is with the language block than with the random one (`effect`) and the permuted one (`beyond`), as from `paired_difference`, None without such runs; `seeds`, `updates`, `products` as from `conditions_of`, and whether any has `learned` more than a constant guess at the end
     "Random weights with one block of another body."
     rows, there = [], metrics[metrics.groupby('run').step.transform('max') >= max(1, least)]
     blocks = there.arm.str.extract(r'^random, block (\d+) [\w-]+$')[0].dropna().astype(int)
     for head, block in sorted(set(zip(there['head'][blocks.index], blocks))):
         tried = set(there.arm[there['head'] == head])
         arms = {d: a for d in DONORS if (a := f'random, block {block} {d}') in tried}
-        try: runs = compared(metrics, head, ['random', *arms.values()], least)
+        try: runs = compared(metrics, head, list(arms.values()), least)
         except InputError: continue   # no seed in common
-        kinds = runs.assign(arm=runs.arm.where(runs.arm == 'random', 'block'))
         area = runs.set_index(['arm', 'seed']).area
         def lower(donor): return paired_difference(area, arms[donor], arms['language']) if {donor, 'language'} <= set(arms) else None
-        rows.append(dict(head=head, block=block, untouched=area['random'].mean(), **{d: area[a].mean() for d, a in arms.items()}, effect=lower('random'), beyond=lower('language-permuted'), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), products=conditions_of(kinds, ['random', 'block']), learned=bool(runs.error.min() < there.constant_error[there.run.isin(runs.run)].mean())))
+        rows.append(dict(head=head, block=block, **{d: area[a].mean() for d, a in arms.items()}, effect=lower('random'), beyond=lower('language-permuted'), seeds=runs.seed.nunique(), updates=int(runs.updates.max()), products=conditions_of(runs.assign(arm='block'), ['block']), learned=bool(runs.error.min() < there.constant_error[there.run.isin(runs.run)].mean())))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #0c3674fa
@@ -773,7 +772,7 @@ def lead_text(
     means = ', '.join(f'{a} {form.format(found["means"][a])}' for a in ('language', 'random', 'language-permuted'))
     return (f"In [full-size runs](full_scale.ipynb#what-changes-inside) (SmolLM2's body, linear head, {found['updates']} updates, {counted(found['seeds'])}), {measure}: {means}. "
             f"In the direction of the claim, language against random: {spell(found['effect'], 3)}; beyond permuted weights: {spell(found['beyond'], 3)}. By the rule for the small models: *{found['rule']}*.{small} "
-            f'These runs have no context (K=1) and the claim is about models that have, so this is a lead; the verdict rests on the small scale.{of_two(found["seeds"])}')
+            f'These runs have no context (K=1) and the claim is about models that have, so this is a lead; the verdict rests on the small scale.{two_seeds_text(found["seeds"])}')
 
 # %% ../nbs/components/full_scale.ipynb #34e05a7d
 def gradients_text(
@@ -809,9 +808,12 @@ def blocks_text(
 ) -> str:                 # Markdown
     "The paragraph on large runs for the page on single blocks."
     if not len(found): return f'Of [full-size runs](full_scale.ipynb) with a single block of another body in random weights ({task}), none is far enough to compare: this verdict rests on the small scale alone.'
-    def line(r):
-        means = ', '.join(f'{d} {r[d]:.3f}' for d in ('untouched', *DONORS) if pd.notna(r.get(d)))
-        gains = [f'{spell_advantage(r[e])} than with the {d} one' for e, d in (('effect', 'random'), ('beyond', 'permuted')) if r[e]]
-        return f"- {r['head']} head, block {r['block']} ({r['updates']} updates, {counted(r['seeds'])}; {r['products']}): {means}." + f" With the language block it is {', and '.join(gains)}." * bool(gains) + ' None of them ends with a smaller error than a constant guess.' * (not r['learned'])
-    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)), untouched and with one of its 30 blocks from another body. In brackets: the number format of matrix products, of untouched runs and of those with a block. "Two collections": the untouched ones learned from data that were collected on another machine, so compare only those with a block with each other. '
-            'Only what the language block does beyond a random and a permuted one would speak for the claim.\n\n' + '\n'.join(line(r) for _, r in found.iterrows()))
+    def gain(e): return spell(e, 3, brief=True) if e else ''
+    def row(r): return [f"{r['head']}, block {r['block']}", r['seeds'], *(f'{r[d]:.3f}' if pd.notna(r.get(d)) else '' for d in DONORS), gain(r['effect']), gain(r['beyond']), r['products']]
+    heading = ['head, block', 'seeds', *(d.removeprefix('language-') for d in DONORS), 'below random', 'below permuted', 'products']
+    table = '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (heading, ['---'] * len(heading), *map(row, found.to_dict('records'))))
+    stuck = [h for h, d in found.groupby('head') if not d.learned.any()]
+    return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)) with one of its 30 blocks (counted from 0) from another body: the language model, the same permuted, or another random one. '
+            f"*Below*: how much lower it is with the language model's block, with 95 % intervals. Only what that does beyond both others would speak for the claim. *Products*: the precision of matrix products. {' and '.join(counted(n, 'update') for n in sorted(set(found.updates)))}."
+            + ''.join(f' With the {h} head no run ends with a smaller error than a constant guess.' for h in stuck) + f'\n\n{table}')
+
