@@ -682,15 +682,15 @@ def single_seeds_text(
 
 def warmup_text(
     metrics: pd.DataFrame,  # from `read_kept`
-    brief: bool = False,    # without the errors at the end
+    brief: bool = False,    # without a constant guess and the conditions
 ) -> str:                   # empty if no such runs are kept
     "Language against random weights with the paper's head and warm-up."
     arms = ['language, long warm-up', 'random, long warm-up']
     try: (effect, n), runs = advantage(metrics, 'tied', *arms), compared(metrics, 'tied', arms)
     except InputError: return ''
     ends = runs.groupby('arm').error.mean()
-    at_end = f"; errors at the end are {ends[arms[0]]:.2f} and {ends[arms[1]]:.2f}, where a constant guess has {runs.constant_error.mean():.2f} ({conditions_of(runs, arms)})" * (not brief)
-    return f"With the paper's own warm-up and its head the mean error over {n:,} updates is {spell_advantage(effect)} from language weights than from random ones{at_end}."
+    where = f", where a constant guess has {runs.constant_error.mean():.2f} ({conditions_of(runs, arms)})" * (not brief)
+    return f"With the paper's own warm-up and its head the mean error over {n:,} updates is {spell_advantage(effect)} from language weights than from random ones; errors at the end are {ends[arms[0]]:.2f} and {ends[arms[1]]:.2f}{where}."
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e05
 def verdicts_by_length(
