@@ -303,7 +303,7 @@ def share_of_first_epoch(
 def _too_small(claim, effect, beyond):
     "Which part of an effect is smaller than what would matter, as far as its interval or only its mean says, in words; empty if none."
     parts = {'it': effect, 'what is left of it beyond the control': beyond}
-    def small(what, mean, high): return f'{what} is smaller than what would matter' if high < claim.smallest else f'{what} is in the mean smaller than what would matter, though its interval reaches that' if mean < claim.smallest else ''
+    def small(what, mean, high): return f'{what} is smaller than what would matter' if high < claim.smallest else f'{what} is in the mean smaller than what would matter (its interval reaches that)' if mean < claim.smallest else ''
     return ', and '.join(filter(None, (small(what, mean, high) for what, (mean, _, high, *_) in parts.items())))
 
 def other_verdict(

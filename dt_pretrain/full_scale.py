@@ -9,8 +9,8 @@ __all__ = ['USUAL_RATE', 'COMPARED', 'HEADS', 'LENGTHS', 'OUT', 'DONORS', 'SQUAR
            'catching_up', 'tasks_compared', 'blocks_compared', 'size_effects', 'made_twice', 'spell_advantage',
            'after_start_text', 'by_arm_text', 'better_text', 'size_sentence', 'rates_tried', 'best_rates',
            'at_best_rates', 'rates_sentence', 'context_sentence', 'when_reached', 'saturation_sentence', 'hangs_text',
-           'single_seeds_text', 'warmup_text', 'verdicts_by_length', 'verdict_table', 'read_inside', 'inside_by_run',
-           'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
+           'supported_text', 'single_seeds_text', 'warmup_text', 'verdicts_by_length', 'verdict_table', 'read_inside',
+           'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
 
 # %% ../nbs/components/full_scale.ipynb #9bc036e3
 import json
@@ -669,6 +669,16 @@ def hangs_text(
     turned = {v: [s for s, w in without.items() if w == v] for v in sorted(set(without.values()) - {'supported'})}
     return ' '.join(f"Without seed {', '.join(seeds[:-1])}{' or ' * (len(seeds) > 1)}{seeds[-1]} the rule would say *{v}*." for v, seeds in turned.items()) or 'It would stand without any one of them.'
 
+def supported_text(
+    metrics: pd.DataFrame,  # from `read_kept`
+    head: str,
+    verdict: dict,          # from `full_scale_verdict`
+) -> str:                   # empty unless that is *supported*
+    "What a verdict of *supported* rests on, in short."
+    if not (hangs := hangs_text(metrics, head, verdict['updates'])): return ''
+    seen = ', the later ones added while results were seen' * (head == 'tied' and verdict['updates'] == LENGTHS[-1])   # as its page tells
+    return f"*Supported* rests on {counted(verdict['seeds'])}{seen}: {hangs[0].lower()}{hangs[1:]} Of these language models {verdict['better']['language']} end with a lower error than a constant guess, of the random ones {verdict['better']['random']}."
+
 def single_seeds_text(
     metrics: pd.DataFrame,  # from `read_kept`
     head: str,
@@ -682,15 +692,15 @@ def single_seeds_text(
 
 def warmup_text(
     metrics: pd.DataFrame,  # from `read_kept`
-    brief: bool = False,    # without a constant guess and the conditions
+    brief: bool = False,    # without the conditions
 ) -> str:                   # empty if no such runs are kept
     "Language against random weights with the paper's head and warm-up."
     arms = ['language, long warm-up', 'random, long warm-up']
     try: (effect, n), runs = advantage(metrics, 'tied', *arms), compared(metrics, 'tied', arms)
     except InputError: return ''
     ends = runs.groupby('arm').error.mean()
-    where = f", where a constant guess has {runs.constant_error.mean():.2f} ({conditions_of(runs, arms)})" * (not brief)
-    return f"With the paper's own warm-up and its head the mean error over {n:,} updates is {spell_advantage(effect)} from language weights than from random ones; errors at the end are {ends[arms[0]]:.2f} and {ends[arms[1]]:.2f}{where}."
+    where = f' ({conditions_of(runs, arms)})' * (not brief)
+    return f"With the paper's own warm-up and its head the mean error over {n:,} updates is {spell_advantage(effect)} from language weights than from random ones ({counted(effect[3])}); errors at the end are {ends[arms[0]]:.2f} and {ends[arms[1]]:.2f}, where a constant guess has {runs.constant_error.mean():.2f}{where}.{two_seeds_text(effect[3])}"
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e05
 def verdicts_by_length(
@@ -814,6 +824,6 @@ def blocks_text(
     table = '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (heading, ['---'] * len(heading), *map(row, found.to_dict('records'))))
     stuck = [h for h, d in found.groupby('head') if not d.learned.any()]
     return ('Mean held-out error over training of random weights in the body of SmolLM2 ([full-size runs](full_scale.ipynb)) with one of its 30 blocks (counted from 0) from another body: the language model, the same permuted, or another random one. '
-            f"*Below*: how much lower it is with the language model's block, with 95 % intervals. Only what that does beyond both others would speak for the claim. *Products*: the precision of matrix products. {' and '.join(counted(n, 'update') for n in sorted(set(found.updates)))}."
+            f"*Below*: how much lower it is with the language model's block, with 95 % intervals. Only what that does beyond both others would speak for the claim. *Products*: the precision of matrix products; where it is mixed, part of a difference may be that. Single pairs cannot show a difference as small as most of these ([made twice](full_scale.ipynb#the-numbers)). {' and '.join(counted(n, 'update') for n in sorted(set(found.updates)))}."
             + ''.join(f' With the {h} head no run ends with a smaller error than a constant guess.' for h in stuck) + f'\n\n{table}')
 
