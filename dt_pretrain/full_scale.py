@@ -690,6 +690,7 @@ def single_seeds_text(
     return (f"*Supported* with {HEADS[head]} over {updates:,} updates rests on {len(language)} seeds. {hangs} Errors from language weights end at {', '.join(f'{r.error:.2f} (seed {r.seed})' for r in language.itertuples())}, in the mean at {spell(t_interval(language.error)[:3])}, where a constant guess has {runs.constant_error.mean():.2f}; "
             f"averaged over training the error is {language.area.mean():.2f}.")
 
+# %% ../nbs/components/full_scale.ipynb #5a0d1e0b
 def warmup_text(
     metrics: pd.DataFrame,  # from `read_kept`
     brief: bool = False,    # without the conditions
