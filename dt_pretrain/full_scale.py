@@ -8,7 +8,7 @@ __all__ = ['USUAL_RATE', 'COMPARED', 'HEADS', 'LENGTHS', 'OUT', 'DONORS', 'SQUAR
            'two_collections', 'conditions_of', 'read_kept', 'kept_tasks', 'compared', 'advantage', 'full_scale_verdict',
            'catching_up', 'tasks_compared', 'blocks_compared', 'size_effects', 'made_twice', 'spell_advantage',
            'after_start_text', 'by_arm_text', 'better_text', 'size_sentence', 'rates_tried', 'best_rates',
-           'at_best_rates', 'rates_sentence', 'context_sentence', 'when_reached', 'saturation_sentence', 'hangs_text',
+           'at_best_rates', 'rates_sentence', 'context_sentence', 'when_reached', 'saturation_sentence',
            'supported_text', 'single_seeds_text', 'warmup_text', 'verdicts_by_length', 'verdict_table', 'read_inside',
            'inside_by_run', 'lead', 'lead_text', 'gradients_text', 'past_text', 'blocks_text']
 
@@ -657,37 +657,29 @@ def saturation_sentence(
     return f"Saturated outputs with the tied head in SmolLM2's body, before training and after {' and '.join(f'{n:,}' for n in lengths)} updates, from language weights seed by seed: {paths}." + f" The {len(ends)} other bodies ({by_arm_text(ends.groupby('arm').size().reindex(arms).dropna().astype(int).to_dict())}) end with {ends.min():.0%} to {ends.max():.0%}." * bool(len(ends))
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e0a
-def hangs_text(
-    metrics: pd.DataFrame,  # from `read_kept`
-    head: str,
-    updates: int,           # over which there is a verdict
-) -> str:                   # empty unless that is *supported*
-    "Without which single seeds the rule would not say *supported*."
-    there = metrics[metrics.step <= updates]
-    if full_scale_verdict(there, head, updates)['verdict'] != 'supported': return ''
-    without = {str(s): full_scale_verdict(there[there.seed != s], head, updates)['verdict'] for s in sorted(compared(there, head, COMPARED, updates).seed.unique())}
-    turned = {v: [s for s, w in without.items() if w == v] for v in sorted(set(without.values()) - {'supported'})}
-    return ' '.join(f"Without seed {', '.join(seeds[:-1])}{' or ' * (len(seeds) > 1)}{seeds[-1]} the rule would say *{v}*." for v, seeds in turned.items()) or 'It would stand without any one of them.'
-
 def supported_text(
     metrics: pd.DataFrame,  # from `read_kept`
     head: str,
     verdict: dict,          # from `full_scale_verdict`
 ) -> str:                   # empty unless that is *supported*
-    "What a verdict of *supported* rests on, in short."
-    if not (hangs := hangs_text(metrics, head, verdict['updates'])): return ''
-    seen = ', the later ones added while results were seen' * (head == 'tied' and verdict['updates'] == LENGTHS[-1])   # as its page tells
-    return f"*Supported* rests on {counted(verdict['seeds'])}{seen}: {hangs[0].lower()}{hangs[1:]} Of these language models {verdict['better']['language']} end with a lower error than a constant guess, of the random ones {verdict['better']['random']}."
+    "What a verdict of *supported* rests on: seeds, each of them, and runs that learned."
+    if verdict['verdict'] != 'supported': return ''
+    updates = verdict['updates']; there = metrics[metrics.step <= updates]
+    without = {str(s): full_scale_verdict(there[there.seed != s], head, updates)['verdict'] for s in sorted(compared(there, head, COMPARED, updates).seed.unique())}
+    turned = {v: [s for s, w in without.items() if w == v] for v in sorted(set(without.values()) - {'supported'})}
+    hangs = ' '.join(f"Without seed {', '.join(seeds[:-1])}{' or ' * (len(seeds) > 1)}{seeds[-1]} the rule would say *{v}*." for v, seeds in turned.items()) or 'It would stand without any one of them.'
+    seen = ', the later ones added while results were seen' * (head == 'tied' and updates == LENGTHS[-1])   # as its page tells
+    return f"*Supported* with {HEADS[head]} over {updates:,} updates rests on {counted(verdict['seeds'])}{seen}. {hangs} Of these language models {verdict['better']['language']} end with a lower error than a constant guess, of the random ones {verdict['better']['random']}."
 
 def single_seeds_text(
     metrics: pd.DataFrame,  # from `read_kept`
     head: str,
-    updates: int,           # over which there is a verdict
+    verdict: dict,          # from `full_scale_verdict`
 ) -> str:                   # empty unless that is *supported*
-    "How much a verdict of *supported* hangs on single seeds."
-    if not (hangs := hangs_text(metrics, head, updates)): return ''
-    runs = compared(metrics[metrics.step <= updates], head, COMPARED, updates); language = runs[runs.arm == 'language'].sort_values('seed')
-    return (f"*Supported* with {HEADS[head]} over {updates:,} updates rests on {len(language)} seeds. {hangs} Errors from language weights end at {', '.join(f'{r.error:.2f} (seed {r.seed})' for r in language.itertuples())}, in the mean at {spell(t_interval(language.error)[:3])}, where a constant guess has {runs.constant_error.mean():.2f}; "
+    "The same, with how all language models end."
+    if not (said := supported_text(metrics, head, verdict)): return ''
+    runs = compared(metrics[metrics.step <= verdict['updates']], head, COMPARED, verdict['updates']); language = runs[runs.arm == 'language'].sort_values('seed')
+    return (f"{said} Errors from language weights end at {', '.join(f'{r.error:.2f} (seed {r.seed})' for r in language.itertuples())}, in the mean at {spell(t_interval(language.error)[:3])}, where a constant guess has {verdict['constant']:.2f}; "
             f"averaged over training the error is {language.area.mean():.2f}.")
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e0b

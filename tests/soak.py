@@ -37,7 +37,7 @@ def work(values, runs_dir, phase=None):
     from dt_pretrain.setups import make_config
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())   # its own lives in shared memory, and a killed process would leave it there
-    for owner in (Trainer, Run) if phase else ():
+    for owner in (Trainer, Run) if phase is not None else ():
         for method, name in PHASES.items():
             if method in vars(owner) and (owner, method) != (Run, "__init__"):
                 setattr(owner, method, telling(vars(owner)[method], name, phase))
@@ -57,7 +57,7 @@ def telling(method, name, phase):
 
 
 def start(runs_dir, phase=None, values=VALUES):
-    if phase:
+    if phase is not None:
         phase.value = 0   # where the one before was killed
     process = processes.Process(target=work, args=(values, str(runs_dir), phase))
     process.start()
@@ -98,7 +98,7 @@ def moment(process, phase, luck, whole):
 
 def soak(runs_dir, kills, luck, expected, sigterm=0.0):
     "Kill (or, with probability `sigterm`, ask to stop) until there were so many kills; returns what happened."
-    run, seen, phase, begin, whole = run_of(runs_dir), collections.Counter(), processes.Value("i", 0), time.time(), 1.0
+    run, seen, phase, begin, whole = run_of(runs_dir), collections.Counter(), processes.Value("i", 0, lock=False), time.time(), 1.0   # who is killed would keep a lock
     while seen["kills"] < kills or run.path.exists():
         process, signum, started, fresh = start(runs_dir, phase), signal.SIGTERM if luck.random() < sigterm else signal.SIGKILL, time.time(), not run.path.exists()
         if seen["kills"] < kills and moment(process, phase, luck, whole):
