@@ -77,11 +77,18 @@ def represent(self: DecisionTransformer,
     return self.backbone(inputs_embeds=self.embed(batch), attention_mask=mask).last_hidden_state[:, 1::3]
 
 @patch
+def before_tanh(self: DecisionTransformer,
+    batch: Batch,
+) -> torch.Tensor:  # (B, K, action_dim)
+    "What the head makes of every step of the window."
+    return self.head(self.represent(batch), self.embed_action)
+
+@patch
 def forward(self: DecisionTransformer,
     batch: Batch,
 ) -> torch.Tensor:  # (B, K, action_dim) in [-1, 1]
     "Predict the action of every step of the window."
-    return self.head(self.represent(batch), self.embed_action).tanh()
+    return self.before_tanh(batch).tanh()
 
 # %% ../nbs/components/decision_transformer.ipynb #64c14d6f
 def action_error(

@@ -22,7 +22,7 @@ from .rollouts import rollout
 from .runs import Preempted, Run, Sigterm, check_weights, environment, load_tensors, load_weights, open_run, run_folder, was_preempted
 from .setups import FinetuneConfig, make_config, resolve, windows_per_step
 from .tasks import InputError, get_task
-from .trajectories import ContextSampler, split_episodes
+from .trajectories import Batch, ContextSampler, split_episodes
 
 # %% ../nbs/components/finetuning.ipynb #06b5c461
 def build_backbone(
@@ -119,7 +119,10 @@ class Trainer:
         self.held_out = held.sample()  # the same windows for every run and epoch
         torch.manual_seed(stream(config.seed, 'dropout'))
 
-    def autocast(self): return mixed_precision(self.device, self.config.precision == 'bfloat16')
+    def predict(self, batch: Batch) -> torch.Tensor:  # (B, K, action_dim) in [-1, 1]
+        "Actions, computed in the run's precision."
+        with mixed_precision(self.device, self.config.half): z = self.model.before_tanh(batch)
+        return (z.float() if self.config.precision == 'mixed' else z).tanh()
 
 # %% ../nbs/components/finetuning.ipynb #fb2584a8
 @patch
@@ -128,8 +131,7 @@ def train_step(self: Trainer):  # loss and norm of the gradient before clipping,
     c = self.config
     for g in self.optimizer.param_groups: g['lr'] = c.learning_rate * min(1, (self.step + 1) / max(1, c.warmup_steps))
     batch = self.sampler.sample()
-    with self.autocast(): predicted = self.model(batch)
-    loss = action_error(predicted, batch)
+    loss = action_error(self.predict(batch), batch)
     self.optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_([p for g in self.groups for p in g['params']], float('inf') if c.max_grad_norm is None else c.max_grad_norm)
@@ -167,7 +169,7 @@ def fit(self: Trainer,
     whole, n, error, saturated = self.held_out, len(self.held_out.mask), 0., 0.
     for lo in range(0, n, chunk):
         batch = whole[lo:lo + chunk]
-        with self.autocast(): predicted = self.model(batch).float()
+        predicted = self.predict(batch).float()
         steps = batch.mask.sum()
         error += action_error(predicted, batch) * steps
         saturated += ((predicted.abs() > .99).float().mean(-1) * batch.mask).sum()
@@ -181,7 +183,7 @@ def evaluate(self: Trainer) -> list[dict]:  # one for each target return, all ep
     c, rows = self.config, []
     for target in c.target_returns:
         d = rollout(self.model, target, self.train_data.state_mean, self.train_data.state_std, c.context_length, c.eval_episodes,
-                    seed=1_000_000 + 10_000 * c.seed, bfloat16=c.precision == 'bfloat16', max_steps=c.eval_max_steps)
+                    seed=1_000_000 + 10_000 * c.seed, bfloat16=c.half, max_steps=c.eval_max_steps)
         rows.append(dict(target_return=target, return_mean=d['return'].mean(), return_std=d['return'].std(ddof=0), score_mean=d.score.mean(), length_mean=d.length.mean(), returns=d['return'].tolist()))
     return rows
 

@@ -37,7 +37,7 @@ from .findings import CLAIMS, counted, judge, paired_difference, spell, two_seed
 from .finetuning import check_data, default_device, finetune, load_data, load_model
 from .rollouts import rollout
 from .runs import Run, read_table, run_folder, whole_file
-from .setups import FinetuneConfig, make_config, run_name, windows_per_step
+from .setups import PRESETS, FinetuneConfig, make_config, run_name, windows_per_step
 from .statistics import t_interval
 from .tasks import InputError, project_root, task_names
 from .trajectories import ContextSampler
@@ -64,7 +64,7 @@ def measure_head(
     (train, held), device = load_data(run, progress=False), device or default_device()
     batch, rows = ContextSampler(held, run.config.context_length, -(-steps // run.config.context_length), seed=0, stats=train, device=device).sample(), []
     for e in sorted({0, epoch}):
-        with mixed_precision(device, run.config.precision == 'bfloat16'): rows.append(dict(run=run.path.name, epoch=e, **head_statistics(load_model(run, e).to(device), batch)))
+        with mixed_precision(device, run.config.half): rows.append(dict(run=run.path.name, epoch=e, **head_statistics(load_model(run, e).to(device), batch)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/components/full_scale.ipynb #5bd3b262
@@ -76,7 +76,7 @@ def play(
 ) -> pd.DataFrame:  # one row: the run, the epoch, target return, and the `returns` of all episodes
     "Returns of many episodes with the weights of an epoch."
     c, (train, _) = run.config, load_data(run, progress=False)
-    d = rollout(load_model(run, epoch).to(device or default_device()), c.target_returns[0], train.state_mean, train.state_std, c.context_length, episodes, seed=2_000_000 + 10_000 * c.seed, bfloat16=c.precision == 'bfloat16', max_steps=c.eval_max_steps)
+    d = rollout(load_model(run, epoch).to(device or default_device()), c.target_returns[0], train.state_mean, train.state_std, c.context_length, episodes, seed=2_000_000 + 10_000 * c.seed, bfloat16=c.half, max_steps=c.eval_max_steps)
     return pd.DataFrame([dict(run=run.path.name, epoch=epoch, target_return=c.target_returns[0], return_mean=d['return'].mean(), return_sd=d['return'].std(), score_mean=d.score.mean(), returns=d['return'].tolist())])
 
 # %% ../nbs/components/full_scale.ipynb #acd8d02d
@@ -324,13 +324,13 @@ def arm_of(
     "Name of the arm that a run belongs to."
     arm = _WEIGHTS.get(c.initialisation) or 'GPT-2, ' + ('1 head, ReLU, random' if c.setup == 'paper' else c.initialisation)
     if c.donor is not None: arm += f', block {c.block} {_WEIGHTS.get(c.donor, c.donor)}'
-    aside = {f'K={c.context_length}': c.context_length > 1, f'{windows_per_step(c)} windows': windows_per_step(c) != 64, 'long warm-up': c.warmup_steps > c.epochs * c.steps_per_epoch / 2, f'learning rate {c.learning_rate:g}': c.learning_rate != USUAL_RATE}
+    aside = {f'K={c.context_length}': c.context_length > 1, f'{windows_per_step(c)} windows': windows_per_step(c) != 64, 'long warm-up': c.warmup_steps > c.epochs * c.steps_per_epoch / 2, f'learning rate {c.learning_rate:g}': c.learning_rate != USUAL_RATE, 'tanh in float32': c.precision == 'mixed'}
     return ', '.join([arm, *(name for name, told in aside.items() if told)])
 
 # %% ../nbs/components/full_scale.ipynb #1ea0c4b6
 def product_format(
     manifest: dict,  # of a run
-) -> str:            # 'float32' or 'bfloat16'
+) -> str:            # 'float32', 'bfloat16' or 'mixed'
     "The format in which a run computed its products of matrices."
     return manifest['config']['precision'] if manifest['environment'].get('bfloat16', True) else 'float32'
 
@@ -574,7 +574,7 @@ def size_sentence(
     def does(term): return spell((e.estimate[term], e.low[term], e.high[term]), 3, brief=True)
     seeds = int(e.n.iloc[0])
     def do(term): return 'slow learning' if e.low[term] > 0 else 'speed up learning' if e.high[term] < 0 else 'have no effect that can be told'
-    return f"At the usual learning rate large weights {do('size')}, and the values that language training gave them {do('values')}. Large weights in place of small ones change the mean error by {does('size')}, the language model's values in place of random ones by {does('values')} (positive is worse; {head} head, {e.updates.iloc[0]} updates, {counted(seeds)})."
+    return f"With a {head} head, at the usual learning rate, large weights {do('size')}, and the values that language training gave them {do('values')}. Large weights in place of small ones change the mean error by {does('size')}, the language model's values in place of random ones by {does('values')} (positive is worse; {e.updates.iloc[0]} updates, {counted(seeds)})."
 
 # %% ../nbs/components/full_scale.ipynb #cfb47d83
 def rates_tried(
@@ -665,9 +665,10 @@ def supported_text(
     "What a verdict of *supported* rests on: seeds, each of them, and runs that learned."
     if verdict['verdict'] != 'supported': return ''
     updates = verdict['updates']; there = metrics[metrics.step <= updates]
-    without = {str(s): full_scale_verdict(there[there.seed != s], head, updates)['verdict'] for s in sorted(compared(there, head, COMPARED, updates).seed.unique())}
+    runs = compared(there, head, COMPARED, updates); learned = {str(s) for s in runs.seed[(runs.arm == 'language') & (runs.error < runs.constant_error)]}
+    without = {str(s): full_scale_verdict(there[there.seed != s], head, updates)['verdict'] for s in sorted(runs.seed.unique())}
     turned = {v: [s for s, w in without.items() if w == v] for v in sorted(set(without.values()) - {'supported'})}
-    hangs = ' '.join(f"Without seed {', '.join(seeds[:-1])}{' or ' * (len(seeds) > 1)}{seeds[-1]} the rule would say *{v}*." for v, seeds in turned.items()) or 'It would stand without any one of them.'
+    hangs = ' '.join(f"Without seed {', '.join(seeds[:-1])}{' or ' * (len(seeds) > 1)}{seeds[-1]}{(', the one that learned,' if len(seeds) == 1 else ', those that learned,') * (set(seeds) == learned)} the rule would say *{v}*." for v, seeds in turned.items()) or 'It would stand without any one of them.'
     seen = ', the later ones added while results were seen' * (head == 'tied' and updates == LENGTHS[-1])   # as its page tells
     return f"*Supported* with {HEADS[head]} over {updates:,} updates rests on {counted(verdict['seeds'])}{seen}. {hangs} Of these language models {verdict['better']['language']} end with a lower error than a constant guess, of the random ones {verdict['better']['random']}."
 
@@ -679,8 +680,8 @@ def single_seeds_text(
     "The same, with how all language models end."
     if not (said := supported_text(metrics, head, verdict)): return ''
     runs = compared(metrics[metrics.step <= verdict['updates']], head, COMPARED, verdict['updates']); language = runs[runs.arm == 'language'].sort_values('seed')
-    return (f"{said} Errors from language weights end at {', '.join(f'{r.error:.2f} (seed {r.seed})' for r in language.itertuples())}, in the mean at {spell(t_interval(language.error)[:3])}, where a constant guess has {verdict['constant']:.2f}; "
-            f"averaged over training the error is {language.area.mean():.2f}.")
+    return (f"{said} Errors from language weights end at {', '.join(f'{r.error:.2f} (seed {r.seed})' for r in language.itertuples())}. The rule asks that they be, in the mean, below a constant guess's {verdict['constant']:.2f}: they are at {language.error.mean():.2f}, "
+            f"and averaged over training at {language.area.mean():.2f}.")
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e0b
 def warmup_text(
@@ -693,7 +694,7 @@ def warmup_text(
     except InputError: return ''
     ends = runs.groupby('arm').error.mean()
     where = f' ({conditions_of(runs, arms)})' * (not brief)
-    return f"With the paper's own warm-up and its head the mean error over {n:,} updates is {spell_advantage(effect)} from language weights than from random ones ({counted(effect[3])}); errors at the end are {ends[arms[0]]:.2f} and {ends[arms[1]]:.2f}, where a constant guess has {runs.constant_error.mean():.2f}{where}.{two_seeds_text(effect[3])}"
+    return f"With the paper's own warm-up ({n / PRESETS['paper']['warmup_steps']:.0%} of it) and its head the mean error over {n:,} updates is {spell_advantage(effect)} from language weights than from random ones ({counted(effect[3])}); errors at the end are {ends[arms[0]]:.2f} and {ends[arms[1]]:.2f}, where a constant guess has {runs.constant_error.mean():.2f}{where}.{two_seeds_text(effect[3])}"
 
 # %% ../nbs/components/full_scale.ipynb #5a0d1e05
 def verdicts_by_length(

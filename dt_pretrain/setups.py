@@ -75,17 +75,22 @@ class FinetuneConfig:
     adam_eps: float | None = None        # by the setup and the initialisation
     warmup_steps: int = 5000             # linear warm-up of the learning rate
     max_grad_norm: float | None = 0.25   # None: no clipping
-    precision: str = 'float32'           # `bfloat16`: in 16 bits where that is fast
+    precision: str = 'float32'           # `bfloat16`: in 16 bits where that is fast; `mixed`: all but the head's tanh
     eval_episodes: int = 100
     eval_max_steps: int | None = None    # shorter episodes, for tests
     eval_windows: int = 2048             # held-out windows for the action error
     target_returns: tuple[float, ...] | None = None  # returns to aim for; by the task, its main one
     keep_checkpoints: str = 'all'        # or `ends`: epoch 0 and the last
 
+    @property
+    def half(self) -> bool:
+        "Whether matrices are multiplied in 16 bits where that is fast."
+        return self.precision != 'float32'
+
 # %% ../nbs/components/setups.ipynb #95a8e02e
 _RANGES = dict(context_length=1, block=0, n_steps=1, n_layer=1, width=1, n_head=1, epochs=1, steps_per_epoch=1, batch_size=1, warmup_steps=0, eval_episodes=1,
                eval_max_steps=1, eval_windows=1, seed=0, learning_rate=0, weight_decay=0, adam_eps=0, dropout=0, attention_dropout=0)
-_CHOICES = dict(source=('collect', 'minari', 'd4rl', 'hf'), head=tuple(HEADS), decay=('all', 'matrices'), precision=('float32', 'bfloat16'), setup=tuple(SETUPS), scale=('mini', 'hub'), keep_checkpoints=('all', 'ends'))
+_CHOICES = dict(source=('collect', 'minari', 'd4rl', 'hf'), head=tuple(HEADS), decay=('all', 'matrices'), precision=('float32', 'bfloat16', 'mixed'), setup=tuple(SETUPS), scale=('mini', 'hub'), keep_checkpoints=('all', 'ends'))
 
 def check_config(
     config: FinetuneConfig,
