@@ -38,7 +38,6 @@ from .finetuning import check_data, default_device, finetune, load_data, load_mo
 from .rollouts import rollout
 from .runs import Run, read_table, run_folder, whole_file
 from .setups import PRESETS, FinetuneConfig, make_config, run_name, windows_per_step
-from .statistics import t_interval
 from .tasks import InputError, project_root, task_names
 from .trajectories import ContextSampler
 
@@ -255,9 +254,15 @@ def keep_runs(
         _add_manifests(folder / f'{task}-manifests.json', {r.path.name: dict(r.manifest, last_epoch=e, config=asdict(r.config)) for r, e in newest.items()})
     todo = [(r, n, measure) for r in runs for n, measure in measures(r.config).items() if not kept_at(folder / f'{task}-{n}.parquet', r, newest[r])]
     for r, n, measure in tqdm(todo, desc='measures', disable=not progress):
-        found = measure(r, newest[r])
+        if (found := _measured(measure, r, newest[r])) is None: continue
         with _keeping(folder):
             if not kept_at(folder / f'{task}-{n}.parquet', r, newest[r] + 1): write(f'-{n}', found)
+
+def _measured(measure, run, epoch):
+    "What a measure finds; None if training has gone on and the epoch's weights are deleted."
+    try: return measure(run, epoch)
+    except (InputError, OSError):
+        if epoch in run.checkpoint_epochs(): raise
 
 def _keeping(folder):
     "Nobody else writes to a folder of results."

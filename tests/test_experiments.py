@@ -42,6 +42,17 @@ def test_head_offset(experiment, tmp_path):
             experiment("head_offset", constants=bad, **small)
 
 
+def test_head_format(experiment, tmp_path):
+    experiment("head_format", preset="smoke", seeds=1, initialisations=["random"])
+    page = nbformat.read(tmp_path / "head_format.ipynb", 4)
+    told = " ".join(o["data"].get("text/markdown", "") + o["data"].get("text/html", "") for c in page.cells for o in c.get("outputs", []) if "data" in o)
+    assert "random weights, float32 against bfloat16: " in told and "random weights, mixed against bfloat16: " in told
+    assert all(f">{precision}</td>" in told for precision in ("float32", "bfloat16", "mixed"))
+    for bad, message in ((dict(precisions=["float16"]), "precision: expected one of float32, bfloat16, mixed, found 'float16'"), (dict(seeds=0), "seeds: expected at least 1, found 0")):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            experiment("head_format", preset="smoke", initialisations=["random"], **bad)
+
+
 def test_head_centre(experiment, tmp_path):
     "A centred body sees no states alike and has no offset; a cancelled one has no offset either, and sees them as before. What is kept is not made again."
     given = dict(preset="smoke", initialisation="random", n_layer=1, width=64, updates=4, points=2, seeds=[0], out_dir=str(tmp_path / "kept"))
