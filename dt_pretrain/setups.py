@@ -8,6 +8,8 @@ __all__ = ['SETUPS', 'PRESETS', 'Setup', 'FinetuneConfig', 'check_config', 'reso
 import difflib, hashlib, json, math, re, typing
 from dataclasses import asdict, dataclass, fields, replace
 
+from fastcore.basics import patch
+
 from .backbones import Architecture, parse_initialisation
 from .decision_transformer import HEADS
 from .tasks import InputError, check_type, get_task
@@ -82,10 +84,11 @@ class FinetuneConfig:
     target_returns: tuple[float, ...] | None = None  # returns to aim for; by the task, its main one
     keep_checkpoints: str = 'all'        # or `ends`: epoch 0 and the last
 
-    @property
-    def half(self) -> bool:
-        "Whether matrices are multiplied in 16 bits where that is fast."
-        return self.precision != 'float32'
+# %% ../nbs/components/setups.ipynb #c52e1241
+@patch(as_prop=True)
+def half(self: FinetuneConfig) -> bool:
+    "Whether matrices are multiplied in 16 bits where that is fast."
+    return self.precision != 'float32'
 
 # %% ../nbs/components/setups.ipynb #95a8e02e
 _RANGES = dict(context_length=1, block=0, n_steps=1, n_layer=1, width=1, n_head=1, epochs=1, steps_per_epoch=1, batch_size=1, warmup_steps=0, eval_episodes=1,
