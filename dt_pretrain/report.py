@@ -171,7 +171,8 @@ def report(
 ) -> Path:                       # the site's front page, or the folder with executed pages
     "Collect, run, execute, render."
     get_task(task)
-    if seeds is not None and seeds < 1: raise InputError('seeds', 'at least 1', seeds)
+    for name, n in dict(seeds=seeds, jobs=jobs).items():
+        if n is not None and n < 1: raise InputError(name, 'at least 1', n)
     top, start = checkout(), time.time()
     configs, runs_dir = all_runs(top / 'nbs', preset, task, seeds), runs_folder()
     check_sources(configs, runs_dir)

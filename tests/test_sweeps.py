@@ -74,7 +74,7 @@ def command(said, *args):
 @pytest.mark.parametrize("signum, code, engine", [(signal.SIGINT, 130, "local"), (signal.SIGTERM, 143, "local"), (signal.SIGKILL, -9, "local"), (signal.SIGINT, 143, "here")])
 def test_a_sweep_that_is_stopped_can_go_on_and_leaves_no_process(sweep, tmp_path, signum, code, engine):
     path, _ = sweep(steps=3000, seeds=1)
-    args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--jobs", "1", "--engine", engine
+    args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--engine", engine, *["--jobs", "1"] * (engine == "local")
     process = processes.Process(target=command, args=(tmp_path / "said", *args))
     process.start()
     wait_for(lambda: under_way(tmp_path / "runs") or not process.is_alive())
