@@ -152,7 +152,7 @@ def test_full_scale_keeps_what_runs_have_measured(experiment, tmp_path):
 
 def test_kept_full_scale_results_belong_together():
     "Every kept run's name, manifest and metrics say the same; every run was one of a sweep; the measures are of kept runs."
-    from dt_pretrain.full_scale import full_scale_verdict, kept_folder, kept_tasks, read_kept
+    from dt_pretrain.full_scale import HEADS, kept_folder, kept_tasks, read_kept, verdicts_by_length
     from dt_pretrain.setups import FinetuneConfig
     from dt_pretrain.sweeps import read_sweep
     for task in kept_tasks():
@@ -168,7 +168,7 @@ def test_kept_full_scale_results_belong_together():
         for path in kept_folder().glob(f"{task}-*.parquet"):
             measured, newest = read_kept(task, path.stem.removeprefix(task)), metrics.groupby("run").epoch.max()
             assert (measured.epoch <= measured.run.map(newest)).all(), path.name
-    assert {h: full_scale_verdict(read_kept(), h)["updates"] >= 600 for h in ("tied", "linear")} == {"tied": True, "linear": True}
+    assert {h: [v["updates"] for v in verdicts_by_length(read_kept(), h)] for h in HEADS} == {"tied": [630, 2520], "linear": [630, 2520]}
 
 
 @pytest.mark.timeout(1500)
