@@ -78,20 +78,23 @@ def _configs(args):
 
 def _sweep(args):
     from dt_pretrain.collection import collected
-    from dt_pretrain.report import checkout
     from dt_pretrain.runs import Sigterm
     from dt_pretrain.sweeps import check_sources, here, local, on_ray, run_sweep, status_text, sweep_status, time_limit
-    if args.engine != 'ray' and (args.address or args.gpus_per_run): raise InputError('--address' if args.address else '--gpus-per-run', 'none without --engine ray', args.address or args.gpus_per_run)
+    _check_engine_options(args)
     configs, folder = _configs(args)
-    engine = dict(local=lambda: local(args.jobs), here=here, ray=lambda: on_ray(args.address, args.gpus_per_run))[args.engine]()
+    engine = dict(local=lambda: local(2 if args.jobs is None else args.jobs), here=here, ray=lambda: on_ray(args.address, args.gpus_per_run))[args.engine]()
     if args.dry_run: print(_plan(configs, folder))
     if args.engine != 'ray': check_sources(configs, folder)   # on a cluster they may be elsewhere
     if args.dry_run: return
-    notebook = None if args.engine == 'here' else checkout() / 'nbs' / 'experiments' / 'finetune.ipynb'
+    notebook = None if args.engine == 'here' else _notebook()
     with _ctrl_c_saves() if args.engine == 'here' else nullcontext(), Sigterm(), time_limit(args.minutes):
         for name, n in sorted({(c.task, c.n_steps) for c in configs if c.source == 'collect'}): collected(name, n)
         run_sweep(configs, notebook, folder, engine=engine, stride=args.stride)
     print(status_text(sweep_status(configs, folder)))
+
+def _notebook():
+    from dt_pretrain.report import checkout   # which imports more than a borrowed machine may have
+    return checkout() / 'nbs' / 'experiments' / 'finetune.ipynb'
 
 def _status(args):
     from dt_pretrain.sweeps import status_text, sweep_status
@@ -169,9 +172,15 @@ def _engine_options(c):
     c.add_argument('--engine', choices=['local', 'here', 'ray'], default='local', help='this machine; this process, one run after the other, without notebooks; or a Ray cluster (default: %(default)s)')
     c.add_argument('--stride', type=int, metavar='EPOCHS', help='train all runs so far before any goes on (default: each to its end)')
     c.add_argument('--minutes', type=float, help='stop runs after so long, with their states saved; the same command goes on from there (default: no limit)')
-    c.add_argument('--jobs', type=int, default=2, help='engine local: runs at a time (default: %(default)s)')
+    c.add_argument('--jobs', type=int, help='engine local: runs at a time (default: 2)')
     c.add_argument('--address', help="engine ray: the cluster's head, or `auto` on one of its machines (default: start Ray on this machine)")
     c.add_argument('--gpus-per-run', type=float, default=0, help='engine ray: share of a GPU that a run gets, such as 0.5 (default: none, runs work on CPUs)')
+
+def _check_engine_options(args):
+    "Raise InputError for an option of another engine, and for a stride of nothing."
+    for name, value, engine in (('--address', args.address, 'ray'), ('--gpus-per-run', args.gpus_per_run or None, 'ray'), ('--jobs', args.jobs, 'local')):
+        if value is not None and args.engine != engine: raise InputError(name, f'none without --engine {engine}', value)
+    if args.stride is not None and args.stride < 1: raise InputError('stride', 'at least 1 epoch', args.stride)
 
 # %% ../nbs/components/cli.ipynb #73a0addf
 def main(

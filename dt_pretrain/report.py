@@ -139,13 +139,13 @@ def table_of_runs(
 # %% ../nbs/components/report.ipynb #2b5051e4
 def execute_pages(
     nbs: Path,
-    out: Path,         # receives the executed pages and their results, when all of them are there
+    out: Path,         # receives the executed pages, their results and `made.json` with what they were made of, when all of them are there
     parameters: dict,  # preset, task, seeds, runs_dir
     say=print,
     jobs: int = 1,     # pages at a time
 ) -> dict[str, float]:  # seconds by page
     "Execute all findings pages, then home and the table of runs."
-    new = out.with_name('unfinished')   # with the page that failed, if one does
+    new, start = out.with_name('unfinished'), time.time()   # with the page that failed, if one does
     shutil.rmtree(new, ignore_errors=True)
     results, seconds = str(new / 'findings' / 'results'), {}
     findings = [(page, {**parameters, 'results_dir': results}) for page in sorted((nbs / 'findings').glob('*.ipynb'))]
@@ -157,6 +157,7 @@ def execute_pages(
                 tidy(page); name = str(page.relative_to(new.resolve())); seconds[name] = took
                 say(f'executed {name} in {took:.0f} s, {len(seconds)} of {len(findings) + len(others)}')
     publish_runs(parameters['runs_dir'], new / 'runs')
+    (new / 'made.json').write_text(json.dumps({k: parameters.get(k) for k in ('preset', 'task', 'seeds')} | dict(executed_from=start), indent=1))
     shutil.rmtree(out, ignore_errors=True); new.rename(out)
     return seconds
 
@@ -171,7 +172,8 @@ def report(
 ) -> Path:                       # the site's front page, or the folder with executed pages
     "Collect, run, execute, render."
     get_task(task)
-    if seeds is not None and seeds < 1: raise InputError('seeds', 'at least 1', seeds)
+    for name, n in dict(seeds=seeds, jobs=jobs).items():
+        if n is not None and n < 1: raise InputError(name, 'at least 1', n)
     top, start = checkout(), time.time()
     configs, runs_dir = all_runs(top / 'nbs', preset, task, seeds), runs_folder()
     check_sources(configs, runs_dir)
@@ -180,13 +182,13 @@ def report(
     run_sweep(configs, top / 'nbs' / 'experiments' / 'finetune.ipynb', runs_dir, jobs)
     say(f'data and runs are there after {time.time() - start:.0f} s')
     out = top / '_report' / 'pages'
-    executed_from = time.time()
+    before_pages = time.time()
     pages = execute_pages(top / 'nbs', out, dict(preset=preset, task=task, seeds=seeds, runs_dir=str(runs_dir)), say, jobs)
     for r in read_results(out / 'findings' / 'results'): say(f"finding {r['number']}: {r['verdict']}. {r['summary']}")
     before = time.time()
     if site: render_site(say)
-    times = {'data and runs': executed_from - start, **pages, 'rendering': time.time() - before}
-    with whole_file(top / '_report' / 'times.json') as tmp: tmp.write_text(json.dumps(dict(preset=preset, task=task, seeds=seeds, runs=len(configs), jobs=jobs, executed_from=executed_from, seconds=times), indent=1))
+    times = {'data and runs': before_pages - start, **pages, 'rendering': time.time() - before}
+    with whole_file(top / '_report' / 'times.json') as tmp: tmp.write_text(json.dumps(dict(preset=preset, task=task, seeds=seeds, runs=len(configs), jobs=jobs, seconds=times), indent=1))
     say(f'report made in {time.time() - start:.0f} s')
     return top / '_site' / 'index.html' if site else out
 
@@ -242,12 +244,12 @@ def keep(say=print):
     "Copy executed pages into nbs/, keep what they need of their runs, and make README.md from the home page."
     from execnb.nbio import read_nb
     top = checkout()
-    out, times = top / '_report' / 'pages', top / '_report' / 'times.json'
-    missing = [name for name in ('pages/index.ipynb', 'pages/findings/results', 'times.json') if not (top / '_report' / name).exists()]
+    out = top / '_report' / 'pages'
+    missing = [f'pages/{name}' for name in ('index.ipynb', 'findings/results', 'made.json') if not (out / name).exists()]
     if missing: raise InputError(str(top / '_report'), 'executed pages, made by `make report`', f'no {missing[0]}')
-    made = json.loads(times.read_text())
-    parameters = {k: made[k] for k in ('preset', 'task', 'seeds')}
-    fold([Run(run_folder(c)) for c in all_runs(top / 'nbs', **parameters)], report_folder(), parameters, made['executed_from']); say(f'kept {made["runs"]} runs')
+    parameters = json.loads((out / 'made.json').read_text()); since = parameters.pop('executed_from')
+    runs = [Run(run_folder(c)) for c in all_runs(top / 'nbs', **parameters)]
+    fold(runs, report_folder(), parameters, since); say(f'kept {len(runs)} runs')
     for page in [*sorted((out / 'findings').glob('*.ipynb')), *out.glob('index.ipynb')]:
         _keep_page(read_nb(page), top / 'nbs' / page.relative_to(out)); say(f'kept {page.relative_to(out)}')
     shutil.copytree(out / 'findings' / 'results', top / 'nbs' / 'findings' / 'results', dirs_exist_ok=True)
@@ -265,12 +267,20 @@ def refresh_pages(
     folder: Path,            # receives the executed pages
     parameters: dict | None = None,
     say=print,
+    results: Path | None = None,  # where pages with the parameter `results_dir` leave theirs
 ):
-    "Execute pages again and keep them; raises RuntimeError, and leaves a page as it was, if that fails."
+    "Execute pages again and keep them with their results; raises RuntimeError, and leaves a page and its results as they were, if that fails."
     from execnb.nbio import read_nb
-    by_name = {p.name: p for p in pages}
-    with closing(execute_notebooks([(p, folder / p.name, parameters) for p in pages])) as ended:
-        for done, took in ended: tidy(done); _keep_page(read_nb(done), by_name[done.name]); say(f'{done.name}: {took:.0f} s')
+    by_name, own = {p.name: p for p in pages}, lambda page: folder / 'results' / page.stem
+    before = {p.name: p.read_bytes() for p in results.glob('*.json')} if results else {}
+    if results: shutil.rmtree(folder / 'results', ignore_errors=True)
+    for p in pages if results else []: shutil.copytree(results, own(p))   # a result that stays the same keeps its day
+    todo = [(p, folder / p.name, (parameters or {}) | (dict(results_dir=str(own(p))) if results else {})) for p in pages]
+    with closing(execute_notebooks(todo)) as ended:
+        for done, took in ended:
+            tidy(done); _keep_page(read_nb(done), by_name[done.name]); say(f'{done.name}: {took:.0f} s')
+            for r in own(done).glob('*.json'):
+                if r.read_bytes() != before.get(r.name): shutil.copy2(r, results / r.name)
 
 # %% ../nbs/components/report.ipynb #915858f1
 def refresh(
@@ -285,6 +295,6 @@ def refresh(
     _, parameters = unfold(report_folder(), folder / 'runs')
     chosen = [p for n, p in named.items() if n in (only or named)]
     findings = [p for p in chosen if p.parent.name == 'findings']
-    refresh_pages(findings, folder, parameters, say)
+    refresh_pages(findings, folder, parameters, say, nbs / 'findings' / 'results')
     refresh_pages([p for p in chosen if p not in findings], folder, say=say)   # home among them, which quotes the findings
     if nbs / 'index.ipynb' in chosen: _keep_readme(top, say)

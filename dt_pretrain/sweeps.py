@@ -105,10 +105,12 @@ def estimates(
     factors = pd.Series([r.manifest['seconds'] * rate for r in finished], dtype=float) / sizes
     def one(c):
         alike, n = known.get(replace(c, seed=0), []), operations(c)
-        if alike: return sum(alike) / len(alike), f'{len(alike)} runs alike'
+        if alike: return sum(alike) / len(alike), f'{_runs(len(alike))} alike'
         far = np.log(sizes / n).abs(); near = factors[far[far < np.log(10)].nsmallest(5).index]   # a run of seconds says nothing of one of hours
-        return n / rate * (near.median() if len(near) else 1), f'model, scaled by {len(near)} runs' if len(near) else 'model, 50 Gflop/s'
+        return n / rate * (near.median() if len(near) else 1), f'model, scaled by {_runs(len(near))}' if len(near) else 'model, 50 Gflop/s'
     return pd.DataFrame([one(c) for c in configs], columns=['seconds', 'estimated from'])
+
+def _runs(n): return f'{n} run{"s" * (n != 1)}'
 
 def finished_runs(
     runs_dir: str | Path,
@@ -151,25 +153,28 @@ def start(self: Job) -> bool:  # whether it could be
     self.lock = FileLock(self.run.path / '.notebook.lock', timeout=0)
     try: self.lock.acquire()
     except Timeout: return False
-    if self.run.in_use(): self.lock.release(); return False
-    for old in ('error.txt', 'finetune.ipynb'): (self.run.path / old).unlink(missing_ok=True)
-    self.execution = Execution(self.notebook, self.run.path / 'finetune.ipynb', {**plain(self.config), 'runs_dir': str(self.runs_dir), **self.parameters}, cwd=self.cwd)
+    if self.run.in_use() or self.done: self.lock.release(); return False   # done by somebody who let go of the lock just before
+    try:
+        for old in ('error.txt', 'finetune.ipynb'): (self.run.path / old).unlink(missing_ok=True)
+        self.execution = Execution(self.notebook, self.run.path / 'finetune.ipynb', {**plain(self.config), 'runs_dir': str(self.runs_dir), **self.parameters}, cwd=self.cwd)
+    except BaseException: self.lock.release(); raise
     return True
 
 @patch
 def fail(self: Job, error):
-    "Leave the error beside the run."
-    self.run.path.mkdir(parents=True, exist_ok=True)
-    with whole_file(self.run.path / 'error.txt') as tmp: tmp.write_text(error)
+    "Leave the error beside the run, if the disk has room for it."
+    with suppress(OSError):
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.run.path / 'error.txt') as tmp: tmp.write_text(error)
     return error
 
 @patch
 def close(self: Job) -> str | None:  # the error, if there was one
     "Wait for the end."
-    error = self.execution.end()
-    if error: self.fail(error)
-    self.lock.release()
-    return error
+    try:
+        error = self.execution.end()
+        return self.fail(error) if error else None
+    finally: self.lock.release()
 
 # %% ../nbs/components/sweeps.ipynb #fa86183c
 def plain(
@@ -344,8 +349,10 @@ def _outcome(ray, ref, job):
     "A job and its error; what came back through Ray is unpacked."
     try: error, packed = ray.get(ref)
     except ray.exceptions.RayError as e: error, packed = job.fail(last_error(str(e))), None
-    if packed and not job.done:
-        with open_run(job.config, job.runs_dir, wait=60) as run: unpack(packed, run.path)
+    try:
+        if packed and not job.done:
+            with open_run(job.config, job.runs_dir, wait=60) as run: unpack(packed, run.path)
+    except (InputError, OSError) as e: error = job.fail(f'{type(e).__name__}: {e}')   # somebody works on the run, or it cannot be written; the others go on
     if not error: (job.run.path / 'error.txt').unlink(missing_ok=True)   # of an earlier attempt
     return job, error
 

@@ -9,9 +9,13 @@ import pytest
 TOP = Path(__file__).resolve().parents[1]
 os.environ.setdefault("DT_PRETRAIN_CACHE", str(TOP / ".cache"))   # also for tests that run in a copy
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["DT_PRETRAIN_RUNS"] = tempfile.mkdtemp(prefix="dt_pretrain-runs-")   # never the user's
+RUNS = os.environ["DT_PRETRAIN_RUNS"] = tempfile.mkdtemp(prefix="dt_pretrain-runs-")   # never the user's
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
+
+
+def pytest_unconfigure():
+    shutil.rmtree(RUNS, ignore_errors=True)
 
 
 @pytest.fixture

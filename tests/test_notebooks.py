@@ -5,6 +5,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -22,8 +23,9 @@ def code_cells(path):
     return [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
 
 
-def run_notebook(path, said):
-    "What `nbdev_test` does with a notebook."
+def run_notebook(path, said, tmp):
+    "What `nbdev_test` does with a notebook; what it makes with `tempfile` lies in `tmp`."
+    os.environ["TMPDIR"], tempfile.tempdir = tmp, None
     from nbdev.config import get_config
     from nbdev.test import test_nb
     os.chdir(TOP)
@@ -36,13 +38,22 @@ def run_notebook(path, said):
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name in ("components", "guides")], ids=name)
 def test_notebook_runs(path, tmp_path):
     "Every cell of a component or guide runs: its examples and its tests."
-    process = processes.Process(target=run_notebook, args=(path, tmp_path / "said"))
-    process.start()
-    try:
-        process.join()
-    finally:
-        process.kill()
+    with tempfile.TemporaryDirectory(prefix="nb-", ignore_cleanup_errors=True) as tmp:   # not in tmp_path: names of sockets in it must be short
+        process = processes.Process(target=run_notebook, args=(path, tmp_path / "said", tmp))
+        process.start()
+        try:
+            process.join()
+        finally:
+            process.kill()
+            process.join()
     assert process.exitcode == 0, (tmp_path / "said").read_text()[-4000:]
+
+
+def test_what_a_notebook_leaves_behind_is_removed(tmp_path):
+    code = f"import pathlib, tempfile; pathlib.Path({str(tmp_path)!r}, 'where').write_text(tempfile.mkdtemp())"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), tmp_path / "page.ipynb")
+    test_notebook_runs(tmp_path / "page.ipynb", tmp_path)
+    assert Path((tmp_path / "where").read_text()).name and not Path((tmp_path / "where").read_text()).exists()
 
 
 def files(folder, pattern):

@@ -74,7 +74,7 @@ def command(said, *args):
 @pytest.mark.parametrize("signum, code, engine", [(signal.SIGINT, 130, "local"), (signal.SIGTERM, 143, "local"), (signal.SIGKILL, -9, "local"), (signal.SIGINT, 143, "here")])
 def test_a_sweep_that_is_stopped_can_go_on_and_leaves_no_process(sweep, tmp_path, signum, code, engine):
     path, _ = sweep(steps=3000, seeds=1)
-    args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--jobs", "1", "--engine", engine
+    args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--engine", engine, *["--jobs", "1"] * (engine == "local")
     process = processes.Process(target=command, args=(tmp_path / "said", *args))
     process.start()
     wait_for(lambda: under_way(tmp_path / "runs") or not process.is_alive())
@@ -164,10 +164,10 @@ def test_status_and_plan(sweep, tmp_path, cli, capsys):
     failed.fail("ValueError: no luck")
     assert sweep_status(configs, tmp_path / "runs").state.to_list() == ["trained", "failed", "to do"]   # finished, but without its notebook
     alike = estimates(configs, finished_runs(tmp_path / "runs"))
-    assert alike["estimated from"].to_list() == ["1 runs alike"] * 3 and alike.seconds.nunique() == 1
+    assert alike["estimated from"].to_list() == ["1 run alike"] * 3 and alike.seconds.nunique() == 1
     assert main(["sweep", str(path), "--preset", "smoke", "--dry-run", "--runs-dir", str(tmp_path / "runs")]) == 0
     said = capsys.readouterr().out
-    assert "no luck" in said and "1 runs alike" in said and "hours to go" in said
+    assert "no luck" in said and "1 run alike" in said and "hours to go" in said
     assert main(["status", str(path), "--preset", "smoke", "--runs-dir", str(tmp_path / "runs")]) == 0
     assert "3 runs: " in capsys.readouterr().out
     finetune(configs[1], tmp_path / "runs", progress=False)
