@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
-from .tasks import InputError, Task, get_task, make_env, project_root, task_names
+from .tasks import InputError, Task, get_task, make_env, project_root
 from .trajectories import Trajectories, from_episodes, read_d4rl, read_hf_mirror, read_minari, write_minari
 
 # %% ../nbs/components/collection.ipynb #176f2fad
@@ -123,6 +123,15 @@ def collected(
             write_minari(data, path, final, fell, algorithm_name='SAC, stopped half-way', description=f'{task.name}, seed {seed}')
     return path
 
+# %% ../nbs/components/collection.ipynb #472b044c
+def _check_collected(data, seed):
+    "The data, or an InputError unless their first episode is the shipped policy's with this seed."
+    policy, n = shipped_policy(data.task)[0], data.episode_length[0]
+    rng = np.random.default_rng([seed, 0]); rng.integers(2**31)   # the start comes before the noise, as in `_episodes`
+    same = (policy(data.observations[:n], rng.standard_normal((n, data.task.action_dim))) == data.actions[:n]).mean()
+    if same < .99: raise InputError(data.source, f"the shipped policy's actions, with seed {seed}; delete the folder, and it is collected again", f'others (the same in {same:.0%} of the numbers)')
+    return data
+
 # %% ../nbs/components/collection.ipynb #f40799c9
 _READERS = dict(minari=lambda task, path: read_minari(path, task), d4rl=read_d4rl, hf=read_hf_mirror)
 
@@ -137,7 +146,7 @@ def load_trajectories(
     "A task's dataset, from wherever it is to come."
     task = get_task(task) if isinstance(task, str) else task
     if source == 'collect' and path is not None: raise InputError('path', 'none with source collect, or source minari, d4rl or hf', repr(str(path)))
-    if source == 'collect': return read_minari(collected(task, n_steps, seed, progress), task)
+    if source == 'collect': return _check_collected(read_minari(collected(task, n_steps, seed, progress), task), seed)
     if source not in _READERS: raise InputError('source', f"'collect', {', '.join(map(repr, _READERS))}", repr(source))
     if source == 'minari' and path is None: raise InputError('path', 'the folder of a Minari dataset, since source is minari', path)
     return _READERS[source](task, path)

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'Corpus', 'baseline_bits', 'docstrings', 'unique_lines', 'language_corpus', 'image_patches', 'image_corpus',
-           'transition_table', 'synthetic_corpus', 'new_model', 'bits', 'held_out_bits', 'pretrain', 'check_folder',
-           'save_pretrained']
+           'transition_table', 'entropy_rate', 'synthetic_corpus', 'new_model', 'bits', 'held_out_bits', 'pretrain',
+           'check_folder', 'save_pretrained']
 
 # %% ../nbs/components/pretraining.ipynb #e058cb92
 import ast, hashlib, importlib.util, json, math, shutil, tempfile
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from scipy.special import softmax
+from scipy.special import softmax, xlogy
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, ImageGPTConfig, ImageGPTForCausalImageModeling, get_cosine_schedule_with_warmup
 
@@ -128,6 +128,14 @@ def transition_table(
     "A random Markov chain."
     u = np.random.default_rng(seed).random((n_states, n_states)) / temperature
     return softmax(u, axis=1)
+
+# %% ../nbs/components/pretraining.ipynb #bdc0e968
+def entropy_rate(
+    table: np.ndarray,  # (M, M), rows sum to 1
+) -> float:             # bits a token, below which no model gets
+    "Mean entropy of a Markov chain's rows, each weighted by how often the chain is there."
+    stationary = np.linalg.matrix_power(table, 1000)[0]  # (M,)
+    return float(-(stationary @ xlogy(table, table)).sum() / math.log(2))
 
 # %% ../nbs/components/pretraining.ipynb #679d467a
 def synthetic_corpus(
@@ -254,8 +262,13 @@ def save_pretrained(
     card = dict(corpus=corpus.name, **corpus.about, held_out_sha256=corpus.fingerprint, architecture=model.config.model_type, parameters=model.num_parameters(), steps=curve[-1]['step'], tokens=curve[-1]['tokens'], kept_step=min(curve[1:], key=lambda c: c['held_out'])['step'],
                 held_out_bits=dict(model=held_out_bits(model, corpus), **baseline_bits(corpus)), **about, versions={p: version(p) for p in ('torch', 'transformers')}, curve=curve)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.' + folder.name))
-    model.save_pretrained(tmp); (tmp / 'card.json').write_text(json.dumps(card, indent=1))
-    for f in (tmp, *tmp.iterdir()): f.chmod(0o755 if f.is_dir() else 0o644)
-    if folder.exists(): shutil.rmtree(folder)
-    tmp.rename(folder)
+    new, old = tmp / 'new', tmp / 'old'
+    try:
+        model.save_pretrained(new); (new / 'card.json').write_text(json.dumps(card, indent=1))
+        for f in (new, *new.iterdir()): f.chmod(0o755 if f.is_dir() else 0o644)
+        if folder.exists(): folder.rename(old)
+        new.rename(folder)
+    finally:
+        if old.exists() and not folder.exists(): old.rename(folder)   # the new one did not get there
+        shutil.rmtree(tmp)
     return card

@@ -262,7 +262,12 @@ def was_preempted(
 # %% ../nbs/components/runs.ipynb #86cd046f
 class Sigterm:
     "While it is entered, SIGTERM raises Preempted, but not inside of `hold`."
-    def __init__(self): self.asked = self.holding = self.raised = self.lost = False; self.again = None
+    def __init__(self):
+        self.asked = False    # a signal has come
+        self.holding = False  # it has to wait: inside of `hold`, or the block is being left
+        self.raised = False   # Preempted is on its way; another signal does not raise it twice
+        self.lost = False     # Python has dropped Preempted, because it was raised in a destructor
+        self.again = None     # the timer that sends the signal again then
     def __enter__(self):
         self.main = threading.current_thread() is threading.main_thread()  # others cannot have handlers
         if self.main:
@@ -362,6 +367,9 @@ def take_over(
             if run.config != config: continue
         except InputError: continue  # another run's trouble, which is told to whoever opens it
         with _locked(run, .5):
+            if path.exists():   # another process was quicker
+                if not (old / 'config.json').exists(): shutil.rmtree(old)   # our lock has made it anew
+                return
             os.replace(old, path); run = Run(path)
             with whole_file(path / 'config.json') as tmp: tmp.write_text(json.dumps(asdict(config), indent=1))
             if run.manifest: run.note(was=old.name)

@@ -20,19 +20,20 @@ class Setup:
     "What the paper varied by accident, or did in a way that needs a control."
     name: str
     head: str                              # action head, `tied` or `linear`
-    random_n_head: int | None              # attention heads of a random body; None: as in the pre-trained one
-    random_activation: str | None          # its activation; None: as in the pre-trained one
+    random_n_head: int | None              # attention heads of a random body; None: those of the configuration
+    random_activation: str | None          # its activation; None: that of the configuration, else GPT-2's
     adam_eps: dict                         # Adam's epsilon for `random` and for `pretrained` bodies
     match_targets: bool                    # whether a step has as many action targets at any K as at K=20
+    transplant_heads: bool                 # whether a transplanted block brings its number of heads and its activation along
     pad_raw_states: bool                   # pad states in training before normalising, not after
     decay: str                             # weight decay on `all` parameters, or on `matrices` only
 
 # %% ../nbs/components/setups.ipynb #ab6e2fcb
 SETUPS = {s.name: s for s in (
     Setup('paper', head='tied', random_n_head=1, random_activation='relu', adam_eps=dict(random=1e-8, pretrained=1e-6),
-          match_targets=False, pad_raw_states=True, decay='all'),
+          match_targets=False, transplant_heads=True, pad_raw_states=True, decay='all'),
     Setup('controlled', head='linear', random_n_head=None, random_activation=None, adam_eps=dict(random=1e-8, pretrained=1e-8),
-          match_targets=True, pad_raw_states=False, decay='matrices'),
+          match_targets=True, transplant_heads=False, pad_raw_states=False, decay='matrices'),
 )}
 
 # %% ../nbs/components/setups.ipynb #7905ab8e
@@ -107,7 +108,7 @@ def check_config(
         if f.name in _CHOICES and value not in _CHOICES[f.name]: raise InputError(f.name, f'one of {", ".join(_CHOICES[f.name])}', repr(value))
         if f.name in ('held_out', 'max_grad_norm') and not value > 0: raise InputError(f.name, 'above 0', value)
         if f.name == 'target_returns' and not all(map(math.isfinite, value)): raise InputError(f.name, 'finite numbers', value)
-        if f.name in _RANGES and not _RANGES[f.name] <= value < float('inf'): raise InputError(f.name, f'at least {_RANGES[f.name]}', value)
+        if f.name in _RANGES and not _RANGES[f.name] <= value < float('inf'): raise InputError(f.name, f'at least {_RANGES[f.name]}', value if math.isfinite(value) else f'{value}, which is no finite number')
     task = get_task(config.task)
     if config.context_length > task.max_steps: raise InputError('context_length', f'at most {task.max_steps}, the longest episode of {task.name}', config.context_length)
     if config.source == 'collect' and config.path is not None: raise InputError('path', 'none with source collect, or source minari, d4rl or hf', repr(config.path))

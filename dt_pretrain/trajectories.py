@@ -6,7 +6,7 @@ __all__ = ['HF_MIRROR', 'returns_to_go', 'Trajectories', 'check_trajectories', '
            'write_minari']
 
 # %% ../nbs/components/trajectories.ipynb #ba18d87a
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -185,14 +185,19 @@ def windows(self: ContextSampler,
 
 # %% ../nbs/components/trajectories.ipynb #69113e26
 def _check_hdf5(file):
-    "Raise InputError if an HDF5 file leads to other files."
+    "Raise InputError if an HDF5 file leads to other files, or to a group of its own twice."
     import h5py
-    def walk(group):
-        for name in group:
-            link, where = group.get(name, getlink=True), f'{group.name}/{name}'.strip('/')
-            leads = not isinstance(link, h5py.HardLink) or (isinstance(group[name], h5py.Dataset) and (group[name].is_virtual or group[name].external))
-            if leads: raise InputError(str(file), 'a file that holds its data itself', f'{where}, which leads elsewhere')
-            if isinstance(group[name], h5py.Group): walk(group[name])
+    address = lambda group: h5py.h5o.get_info(group.id).addr
+    def walk(root):
+        seen, todo = {address(root)}, [root]
+        while todo:
+            for name in (group := todo.pop()):
+                link, where = group.get(name, getlink=True), f'{group.name}/{name}'.strip('/')
+                leads = not isinstance(link, h5py.HardLink) or (isinstance(group[name], h5py.Dataset) and (group[name].is_virtual or group[name].external))
+                if leads: raise InputError(str(file), 'a file that holds its data itself', f'{where}, which leads elsewhere')
+                if not isinstance(group[name], h5py.Group): continue
+                if address(group[name]) in seen: raise InputError(str(file), 'each group in one place', f'{where}, which is also somewhere else')
+                seen.add(address(group[name])); todo.append(group[name])
     try:
         with h5py.File(file) as f: walk(f)
     except OSError: return  # damaged, or no HDF5 at all: whoever reads it says so
@@ -209,7 +214,8 @@ def read_minari(
     for file in sorted((path / 'data').glob('*.hdf5')): _check_hdf5(file)
     try: dataset = minari.MinariDataset(path / 'data')
     except Exception as e: raise InputError(str(path), 'a readable Minari dataset', f'{type(e).__name__}: {e}') from e
-    if (env := dataset.spec.env_spec) and env.id.rsplit('-v', 1)[0] != task.env_id.rsplit('-v', 1)[0]: raise InputError(str(path), f'episodes of {task.env_id}, for {task.name}', env.id)   # in whichever version
+    versions = [task.env_id] + [f'{name}-v{v}' for name, _, own in [task.env_id.rpartition('-v')] if own in ('2', '3', '4') for v in (2, 3, 4) if str(v) != own]
+    if (env := dataset.spec.env_spec) and env.id not in versions: raise InputError(str(path), f'episodes of {" or ".join(versions)}, for {task.name}', env.id)
     def episode(i):
         try: return next(iter(dataset.iterate_episodes([i])))
         except Exception as e: raise InputError(f'{path}, episode {i}', 'a readable episode', f'{type(e).__name__}: {e}') from e

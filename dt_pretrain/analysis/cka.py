@@ -96,15 +96,15 @@ def cka_matrix(
 
 # %% ../../nbs/components/analysis_cka.ipynb #d57cdc3f
 def released_cka(
-    x: np.ndarray,  # (samples, tokens, width), or (samples, heads, tokens, tokens)
+    x: np.ndarray,  # (samples, tokens, width)
     y: np.ndarray,  # another layer's or model's, of the same samples
     unit: int,      # -1 where "action" was meant, -2 for "state", -3 for "return-to-go"
 ) -> float:         # debiased CKA of one unit over positions
     "CKA as the published study's released code computes it: of a single unit over token positions."
     def gram(a, name):
         a = np.asarray(a)
-        if a.ndim not in (3, 4) or len(a) < 4: raise InputError(f'{name}: shape', '3 or 4 axes, at least 4 samples', a.shape)
-        a = a[(slice(None), slice(None), *[unit] * (a.ndim - 2))]   # (samples, tokens)
+        if a.ndim != 3 or len(a) < 4: raise InputError(f'{name}: shape', '3 axes, at least 4 samples', a.shape)
+        a = a[:, :, unit]   # (samples, tokens)
         return u_centred(a @ a.T)
     k, l = gram(x, 'x'), gram(y, 'y')
     if len(k) != len(l): raise InputError('samples of the two representations', f'as many, {len(k)}', len(l))

@@ -6,7 +6,6 @@ __all__ = ['backbone_tensors', 'block_of', 'tensor_change', 'spectrum_change', '
 # %% ../../nbs/components/analysis_parameter_change.ipynb #143a811a
 import re
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
