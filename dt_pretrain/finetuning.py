@@ -20,7 +20,7 @@ from .collection import load_trajectories
 from .decision_transformer import DecisionTransformer, action_error
 from .rollouts import rollout
 from .runs import Preempted, Run, Sigterm, check_weights, environment, load_tensors, load_weights, open_run, run_folder, was_preempted
-from .setups import FinetuneConfig, make_config, resolve, windows_per_step
+from .setups import SETUPS, FinetuneConfig, make_config, resolve, windows_per_step
 from .tasks import InputError, get_task
 from .trajectories import Batch, ContextSampler, split_episodes
 
@@ -33,7 +33,7 @@ def build_backbone(
     arch = Architecture(**shape, dropout=config.dropout, attention_dropout=config.attention_dropout)
     load = lambda name, of: load_backbone(name, arch, stream(config.seed, of), config.scale, config.revision)
     body = load(config.initialisation, 'backbone')
-    return body if config.donor is None else transplant(body, load(config.donor, 'donor'), config.block, with_heads=config.setup == 'paper')
+    return body if config.donor is None else transplant(body, load(config.donor, 'donor'), config.block, with_heads=SETUPS[config.setup].transplant_heads)
 
 def build_model(
     config: FinetuneConfig,  # resolved
