@@ -78,7 +78,7 @@ class FinetuneConfig:
     adam_eps: float | None = None        # by the setup and the initialisation
     warmup_steps: int = 5000             # linear warm-up of the learning rate
     max_grad_norm: float | None = 0.25   # None: no clipping
-    precision: str = 'float32'           # `bfloat16`: in 16 bits where that is fast; `mixed`: all but the head's tanh
+    precision: str = 'float32'           # `bfloat16`: in 16 bits where that is fast; `mixed`: the same, but for the head's tanh where a gradient is taken
     eval_episodes: int = 100
     eval_max_steps: int | None = None    # shorter episodes, for tests
     eval_windows: int = 2048             # held-out windows for the action error
