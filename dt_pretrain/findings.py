@@ -109,7 +109,7 @@ def runs_of(
     return runs
 
 # %% ../nbs/components/findings.ipynb #0ec73274
-_PRESENT = ('_modidx', 'cli', 'execution', 'figures', 'findings', 'full_scale', 'keeping', 'report', 'site', 'sweeps')   # modules that plan and show; no measurement depends on them
+_PRESENT = ('_modidx', 'cli', 'execution', 'figures', 'findings', 'full_scale', 'full_scale_inside', 'full_scale_keeping', 'keeping', 'report', 'site', 'sweeps')   # modules that plan and show; no measurement depends on them
 
 def _named(code):
     "Global names in a piece of code, and in functions inside of it."

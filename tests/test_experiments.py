@@ -144,7 +144,7 @@ def test_sweep_keeps_going_and_is_not_repeated(top, tmp_path):
 def test_full_scale_keeps_what_runs_have_measured(experiment, tmp_path):
     "Begun and finished runs; what is kept stays when the runs are gone."
     from dt_pretrain.finetuning import finetune
-    from dt_pretrain.full_scale import read_kept
+    from dt_pretrain.full_scale_keeping import read_kept
     from dt_pretrain.sweeps import read_sweep
     (tmp_path / "few.toml").write_text("[[runs]]\ncontext_length = 1\nhead = ['tied', 'linear']\nn_layer = 1\nwidth = 16\nn_head = 2\nseeds = {smoke = 2}\n")
     configs = read_sweep(tmp_path / "few.toml", "smoke")
@@ -163,7 +163,8 @@ def test_full_scale_keeps_what_runs_have_measured(experiment, tmp_path):
 
 def test_kept_full_scale_results_belong_together():
     "Every kept run's name, manifest and metrics say the same; every run was one of a sweep; the measures are of kept runs."
-    from dt_pretrain.full_scale import HEADS, kept_folder, kept_tasks, read_kept, verdicts_by_length
+    from dt_pretrain.full_scale import HEADS, verdicts_by_length
+    from dt_pretrain.full_scale_keeping import kept_folder, kept_tasks, read_kept
     from dt_pretrain.setups import FinetuneConfig
     from dt_pretrain.sweeps import read_sweep
     for task in kept_tasks():
