@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['COMPARED', 'HEADS', 'LENGTHS', 'OUT', 'DONORS', 'SQUARE', 'SMOLLM2_ARMS', 'TERMS', 'two_collections', 'conditions_of',
            'compared', 'advantage', 'spell_advantage', 'full_scale_verdict', 'after_start_text', 'by_arm_text',
-           'better_text', 'verdicts_by_length', 'verdict_table', 'supported_text', 'single_seeds_text', 'warmup_text',
-           'catching_up', 'when_reached', 'tasks_compared', 'blocks_compared', 'blocks_text', 'size_effects',
-           'size_sentence', 'rates_tried', 'best_rates', 'at_best_rates', 'rates_sentence', 'saturation_sentence',
-           'context_sentence', 'made_twice']
+           'better_text', 'verdicts_by_length', 'verdict_table', 'supported_text', 'single_seeds_text', 'who_is_ahead',
+           'by_head_text', 'warmup_text', 'catching_up', 'when_reached', 'tasks_compared', 'blocks_compared',
+           'blocks_text', 'size_effects', 'size_sentence', 'rates_tried', 'best_rates', 'at_best_rates',
+           'rates_sentence', 'saturation_sentence', 'context_sentence', 'made_twice']
 
 # %% ../nbs/components/full_scale.ipynb #5612366b
 from contextlib import suppress
@@ -199,35 +199,66 @@ def supported_text(
     return (f"*Supported* with {HEADS[head]} over {updates:,} updates rests on {counted(verdict['seeds'])}{seen}. {hangs} "
             f"Of these language models {verdict['better']['language']} end with a lower error than a constant guess, of the random ones {verdict['better']['random']}.")
 
-# %% ../nbs/components/full_scale.ipynb #60d2fbb2
+# %% ../nbs/components/full_scale.ipynb #9eb3bb5f
 def single_seeds_text(
     metrics: pd.DataFrame,  # from `read_kept`
     head: str,
     verdict: dict,          # from `full_scale_verdict`
 ) -> str:                   # empty unless that is *supported*
-    "The same, with how all language models end."
-    if not (said := supported_text(metrics, head, verdict)): return ''
+    "How each language model of a *supported* ends, and how near the rule's condition is."
+    if verdict['verdict'] != 'supported': return ''
     updates = verdict['updates']
     runs = compared(metrics[metrics.step <= updates], head, COMPARED, updates)
     language = runs[runs.arm == 'language'].sort_values('seed')
     ends = ', '.join(f'{r.error:.2f} (seed {r.seed})' for r in language.itertuples())
-    return (f"{said} Errors from language weights end at {ends}. The rule asks that they be, in the mean, below a constant guess's {verdict['constant']:.2f}: "
+    return (f"With {HEADS[head]} over {updates:,} updates errors from language weights end at {ends}. The rule asks that they be, in the mean, below a constant guess's {verdict['constant']:.2f}: "
             f"they are at {language.error.mean():.2f}, and averaged over training at {language.area.mean():.2f}.")
 
-# %% ../nbs/components/full_scale.ipynb #bda3057b
+# %% ../nbs/components/full_scale.ipynb #a601d535
+def who_is_ahead(
+    effect: tuple,  # as from `advantage`
+) -> str:
+    "What an interval says of language weights, without its numbers."
+    mean, low, high, seeds = effect
+    if seeds == 1: return 'one seed cannot tell'
+    said = 'language weights are ahead' if low > 0 else 'language weights are behind' if high < 0 else 'no difference can be told'
+    return f'{said} ({counted(seeds)})'
+
+def by_head_text(
+    of,        # of a head: an interval as from `advantage`, and over how many updates; raises InputError where that is not known
+) -> str:      # empty if it is known of neither head
+    "Who is ahead with either head."
+    found = {}
+    for head, words in HEADS.items():
+        with suppress(InputError): found[words] = of(head)
+    lengths = ' or '.join(f'{n:,}' for n in sorted({n for _, n in found.values()}))
+    return f"over {lengths} updates, {', '.join(f'with {words} {who_is_ahead(e)}' for words, (e, _) in found.items())}" if found else ''
+
+# %% ../nbs/components/full_scale.ipynb #d8d9d0da
+_SLOWLY = ['language, long warm-up', 'random, long warm-up']
+
 def warmup_text(
     metrics: pd.DataFrame,  # from `read_kept`
-    brief: bool = False,    # without the conditions
+    brief: bool = False,    # without numbers
 ) -> str:                   # empty if no such runs are kept
-    "Language against random weights with the paper's head and warm-up."
-    arms = ['language, long warm-up', 'random, long warm-up']
-    try: (effect, n), runs = advantage(metrics, 'tied', *arms), compared(metrics, 'tied', arms)
-    except InputError: return ''
-    ends = runs.groupby('arm').error.mean()
-    where = f' ({conditions_of(runs, arms)})' * (not brief)
-    return (f"With the paper's own warm-up ({n / PRESETS['paper']['warmup_steps']:.0%} of it) and its head the mean error over {n:,} updates is "
-            f"{spell_advantage(effect)} from language weights than from random ones ({counted(effect[3])}); errors at the end are "
-            f"{ends[arms[0]]:.2f} and {ends[arms[1]]:.2f}, where a constant guess has {runs.constant_error.mean():.2f}{where}.{two_seeds_text(effect[3])}")
+    "Language against random weights with the paper's warm-up, head by head."
+    if brief:
+        told = by_head_text(lambda head: advantage(metrics, head, *_SLOWLY))
+        return f"With the paper's own warm-up, {told}." * bool(told)
+    whole = PRESETS['paper']['warmup_steps']
+    def told(head, words):
+        (effect, n), runs = advantage(metrics, head, *_SLOWLY), compared(metrics, head, _SLOWLY)
+        ends = ' and '.join(f'{e:.2f}' for e in runs.groupby('arm').error.mean()[_SLOWLY])
+        said = (f"with {words}, over {n:,} updates ({n / whole:.0%} of it), {spell_advantage(effect)} than from random ones "
+                f"({counted(effect[3])}; {conditions_of(runs, _SLOWLY)}), errors at the end are {ends}")
+        return said, runs.constant_error.mean(), effect[3]
+    found = []
+    for head in HEADS.items():
+        with suppress(InputError): found.append(told(*head))
+    if not found: return ''
+    said, guess, seeds = zip(*found)
+    return (f"With the paper's own warm-up the mean error from language weights is, {'; '.join(said)}. "
+            f"A constant guess has {' or '.join(sorted({f'{g:.2f}' for g in guess}))}.{two_seeds_text(min(seeds))}")
 
 # %% ../nbs/components/full_scale.ipynb #89fc3708
 def catching_up(

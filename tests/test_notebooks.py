@@ -99,6 +99,23 @@ def test_no_saved_error():
     assert [name(p) for p in NOTEBOOKS for c in code_cells(p) for o in c.get("outputs", []) if o.output_type == "error"] == []
 
 
+def unfilled(text):
+    "Fields of a format string that nobody filled in, and numbers that are none."
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.S)
+    return re.findall(r"(?<![\w\\^${])\{[a-z_]\w*(?:[.\[(][^{}\n]*)?(?::[^{}\n]*)?\}|(?<![\w.])nan(?![\w.])", text)
+
+
+def test_what_is_unfilled_is_seen():
+    assert unfilled("0.20. {how_far} Then {n:,} and {d.seed[0]:.2f} of nan%") == ["{how_far}", "{n:,}", "{d.seed[0]:.2f}", "nan"]
+    assert unfilled(r"$\hat{R}_{t}^{x}$ ::: {.verdict} <style>a {color: red}</style> {'a': 1} nanoseconds torch.nan") == []
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name not in ("components", "guides")], ids=name)
+def test_every_number_of_a_sentence_is_filled_in(path):
+    outputs = [o.data for c in code_cells(path) for o in c.get("outputs", []) if "data" in o]
+    assert [found for data in outputs for kind in ("text/markdown", "text/html") for found in unfilled(data.get(kind, ""))] == []
+
+
 def test_every_notebook_is_in_the_sidebar_once():
     def leaves(items):
         for item in items:
