@@ -94,6 +94,7 @@ def _judged(runs, ends_better):
     verdict = judge(effect[:3], beyond[:3], CLAIMS[5].smallest, effect[3], 'paper')
     return dict(verdict='inconclusive' if verdict == 'supported' and not ends_better else verdict, effect=effect, beyond=beyond)
 
+# %% ../nbs/components/full_scale.ipynb #e73ee12f
 def full_scale_verdict(
     metrics: pd.DataFrame,
     head: str,
@@ -172,6 +173,7 @@ def verdict_table(
             "with its 95 % interval, and in how many seeds. Under the weights' names: error at the end (score of ten episodes in brackets), means over seeds. "
             f"A constant guess has an error of {' or '.join(sorted(guess))}.")
 
+# %% ../nbs/components/full_scale.ipynb #255ee4e7
 def _markdown_table(heading, rows):
     return '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (heading, ['---'] * len(heading), *rows))
 
@@ -224,6 +226,7 @@ def who_is_ahead(
     said = 'language weights are ahead' if low > 0 else 'language weights are behind' if high < 0 else 'no difference can be told'
     return f'{said} ({counted(seeds)})'
 
+# %% ../nbs/components/full_scale.ipynb #e9646eba
 def by_head_text(
     of,        # of a head: an interval as from `advantage`, and over how many updates; raises InputError where that is not known
 ) -> str:      # empty if it is known of neither head
@@ -234,9 +237,10 @@ def by_head_text(
     lengths = ' or '.join(f'{n:,}' for n in sorted({n for _, n in found.values()}))
     return f"over {lengths} updates, {', '.join(f'with {words} {who_is_ahead(e)}' for words, (e, _) in found.items())}" if found else ''
 
-# %% ../nbs/components/full_scale.ipynb #d8d9d0da
+# %% ../nbs/components/full_scale.ipynb #3a6fa2e8
 _SLOWLY = ['language, long warm-up', 'random, long warm-up']
 
+# %% ../nbs/components/full_scale.ipynb #afb10e7b
 def warmup_text(
     metrics: pd.DataFrame,  # from `read_kept`
     brief: bool = False,    # without numbers
@@ -312,9 +316,10 @@ def tasks_compared(
                          seeds=effect[3], updates=updates, products=conditions_of(runs, [of, over])))
     return pd.DataFrame(rows)
 
-# %% ../nbs/components/full_scale.ipynb #1585b526
+# %% ../nbs/components/full_scale.ipynb #c64afd4f
 DONORS = ('language', 'language-permuted', 'random')
 
+# %% ../nbs/components/full_scale.ipynb #732eb387
 def blocks_compared(
     metrics: pd.DataFrame,  # from `read_kept`
     least: int = 600,       # updates that a run must have to count
@@ -365,6 +370,7 @@ SQUARE = {   # arm -> size of its numbers, and whose values they are
 }
 SMOLLM2_ARMS = [*SQUARE, 'language-permuted']   # all in the body of SmolLM2, and all else as usual
 
+# %% ../nbs/components/full_scale.ipynb #75302d1e
 def size_effects(
     metrics: pd.DataFrame,
     head: str,
@@ -418,6 +424,7 @@ def best_rates(
     "The learning rate with the lowest mean error over training, in the mean over seeds."
     return runs.groupby(['weights', 'rate']).area.mean().unstack().idxmin(axis=1)
 
+# %% ../nbs/components/full_scale.ipynb #15c8eaae
 def at_best_rates(
     metrics: pd.DataFrame,
     head: str,

@@ -26,11 +26,12 @@ from .runs import Run
 from .setups import FinetuneConfig
 from .tasks import InputError
 
-# %% ../nbs/components/full_scale_inside.ipynb #bf9f9d03
+# %% ../nbs/components/full_scale_inside.ipynb #7cd5b77f
 @lru_cache(1)
 def _loaded(path, epoch, device, stamp):
     return {when: load_model(Run(path), e).to(device) for when, e in (('before', 0), ('after', epoch))}
 
+# %% ../nbs/components/full_scale_inside.ipynb #14d23c89
 def _models(run, epoch, device):
     "A run's model before training and after an epoch, loaded once for all measures; again if the run was trained again."
     return _loaded(run.path, epoch, device or default_device(), run.checkpoint_path(epoch).stat().st_mtime_ns)
@@ -41,6 +42,7 @@ def _of_both(run, epoch, device, measure):
     rows = [measure(model).assign(when=when) for when, model in _models(run, epoch, device).items()]
     return pd.concat(rows, ignore_index=True).assign(run=run.path.name, epoch=epoch)
 
+# %% ../nbs/components/full_scale_inside.ipynb #af4eb700
 def _shown(run, n, device, held_out=False):
     "The windows that all models are shown."
     return analysis_batch(run, n, run.config.context_length, held_out=held_out).to(device or default_device())
@@ -58,6 +60,7 @@ def measure_representations(
     def alike(where): return linear_cka(before[where].cpu().numpy(), after[where].cpu().numpy())
     return pd.DataFrame([dict(run=run.path.name, epoch=epoch, block=b, token_type=t, cka=alike((b, s, t))) for b, s, t in before])
 
+# %% ../nbs/components/full_scale_inside.ipynb #92f1fea0
 def measure_weights(
     run: Run,
     epoch: int,                 # its newest
@@ -77,6 +80,7 @@ def measure_gradients(
     batch = _shown(run, windows, device)
     return _of_both(run, epoch, device, lambda m: sample_norms(gradient_norms(m, batch)))
 
+# %% ../nbs/components/full_scale_inside.ipynb #d7579937
 def measure_context(
     run: Run,
     epoch: int,                 # its newest
@@ -88,11 +92,12 @@ def measure_context(
     lags = dict(one=[l for l in (1, 2, 3, 5, 10, 19) if l < run.config.context_length], beyond=[1])
     return _of_both(run, epoch, device, lambda m: pd.concat([context_use(m, batch, 'other', span, l) for span, l in lags.items()]))
 
-# %% ../nbs/components/full_scale_inside.ipynb #953e8369
+# %% ../nbs/components/full_scale_inside.ipynb #b64ed798
 def _some(last, n):
     "So many blocks, evenly spaced."
     return np.unique(np.linspace(0, last, n).round().astype(int)).tolist()
 
+# %% ../nbs/components/full_scale_inside.ipynb #4fbad739
 def measure_information(
     run: Run,
     epoch: int,                 # its newest
@@ -196,6 +201,7 @@ LEADS = {  # finding -> measure, in words, how to write it, sign of the claim
     3: ('weights change', 'change of a matrix relative to its norm, median', '{:.3f}', -1),
 }
 
+# %% ../nbs/components/full_scale_inside.ipynb #99d3b27d
 def lead(
     number: int,        # of a finding in LEADS
     runs: pd.DataFrame, # from `inside_by_run`
