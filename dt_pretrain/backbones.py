@@ -311,7 +311,8 @@ def load_pretrained(
     if bad := [k for k, x in model.named_parameters() if not x.isfinite().all()]: raise InputError(_where(at), 'finite numbers', f'NaN or infinite ones in {bad[0]}')
     if 'gguf_file' not in at: return without_embeddings(model)
     body = from_config(config)  # a model from GGUF cannot be converted; one with its weights can
-    body.load_state_dict({k: v for k, v in model.state_dict().items() if k in body.state_dict()})
+    own = body.state_dict()
+    body.load_state_dict({k: v for k, v in model.state_dict().items() if k in own})
     return body
 
 # %% ../nbs/components/backbones.ipynb #3bf35c0d

@@ -77,9 +77,8 @@ def _configs(args):
     return configs, args.runs_dir or runs_folder()
 
 def _sweep(args):
-    from dt_pretrain.collection import collected
     from dt_pretrain.runs import Sigterm
-    from dt_pretrain.sweeps import check_sources, here, local, on_ray, run_sweep, status_text, sweep_status, time_limit
+    from dt_pretrain.sweeps import check_sources, collect_data, here, local, on_ray, run_sweep, status_text, sweep_status, time_limit
     _check_engine_options(args)
     configs, folder = _configs(args)
     engine = dict(local=lambda: local(2 if args.jobs is None else args.jobs), here=here, ray=lambda: on_ray(args.address, args.gpus_per_run))[args.engine]()
@@ -88,7 +87,7 @@ def _sweep(args):
     if args.dry_run: return
     notebook = None if args.engine == 'here' else _notebook()
     with _ctrl_c_saves() if args.engine == 'here' else nullcontext(), Sigterm(), time_limit(args.minutes):
-        for name, n in sorted({(c.task, c.n_steps) for c in configs if c.source == 'collect'}): collected(name, n)
+        collect_data(configs, folder)
         run_sweep(configs, notebook, folder, engine=engine, stride=args.stride)
     print(status_text(sweep_status(configs, folder)))
 

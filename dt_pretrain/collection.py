@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
-from .tasks import InputError, Task, get_task, make_env, project_root
+from .tasks import InputError, Task, check_folder_name, get_task, make_env, project_root
 from .trajectories import Trajectories, from_episodes, read_d4rl, read_hf_mirror, read_minari, write_minari
 
 # %% ../nbs/components/collection.ipynb #176f2fad
@@ -46,7 +46,7 @@ def shipped_policy(
     task: Task | str,
 ) -> tuple[Policy, dict]:  # the policy, and how it was made: steps of training, return, episode length, versions
     "The behaviour policy that comes with the package."
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     stem = files('dt_pretrain') / 'assets' / 'policies' / f'{task.name}-sac'
     if not Path(f'{stem}.safetensors').exists(): raise InputError(f'behaviour policy for {task.name}', 'one that the package ships, or source="minari" and a path', 'none')
     return Policy(f'{stem}.safetensors', task), json.loads(Path(f'{stem}.json').read_text())
@@ -85,7 +85,7 @@ def collect(
     progress: bool = True,          # show a progress bar
 ) -> tuple[Trajectories, np.ndarray, np.ndarray]:  # the episodes; (E, state_dim) states after their last steps; (E,) bool, fell
     "Record whole episodes of a behaviour policy."
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     if n_steps < 1: raise InputError('n_steps', 'at least 1', n_steps)
     policy, done = policy or shipped_policy(task)[0], {}
     with tqdm(total=n_steps, unit=' steps', desc=f'collect {task.name}', disable=not progress) as bar:
@@ -110,7 +110,8 @@ def collected(
     progress: bool = True,
 ) -> Path:  # a Minari dataset
     "Collect a dataset into the cache folder, unless it is there."
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
+    check_folder_name(task.name)
     if n_steps < 1: raise InputError('n_steps', 'at least 1', n_steps)
     path = cache_folder() / 'datasets' / f'{task.name}-{n_steps}-s{seed}'
     if path.exists(): return path
@@ -144,7 +145,7 @@ def load_trajectories(
     progress: bool = True,
 ) -> Trajectories:
     "A task's dataset, from wherever it is to come."
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     if source == 'collect' and path is not None: raise InputError('path', 'none with source collect, or source minari, d4rl or hf', repr(str(path)))
     if source == 'collect': return _check_collected(read_minari(collected(task, n_steps, seed, progress), task), seed)
     if source not in _READERS: raise InputError('source', f"'collect', {', '.join(map(repr, _READERS))}", repr(source))

@@ -103,10 +103,11 @@ def last_error(
 @patch
 def end(self: Execution) -> str | None:  # the error, if there was one
     "Wait for the end."
-    with self.process: code = self.process.wait()
-    if code == 0: return os.replace(self.unfinished, self.target)
-    self.said.seek(0)
-    return last_error(self.said.read()) if code > 0 else f'its process was killed by signal {-code}'
+    with self.process, self.said:
+        code = self.process.wait()
+        if code == 0: return os.replace(self.unfinished, self.target)
+        self.said.seek(0)
+        return last_error(self.said.read()) if code > 0 else f'its process was killed by signal {-code}'
 
 @patch
 def stop(self: Execution,
@@ -122,6 +123,7 @@ def stop(self: Execution,
         for p in family:
             with suppress(psutil.NoSuchProcess): p.kill()
         with self.process: self.process.wait()
+        self.said.close()
 
 # %% ../nbs/components/execution.ipynb #a36a805b
 @patch

@@ -165,7 +165,7 @@ def remembered(
         path.parent.mkdir(parents=True, exist_ok=True)
         table = call()
         with whole_file(path) as tmp: table.to_parquet(tmp)
-    with suppress(PermissionError): os.utime(path)   # so that one can see which are in use
+    with suppress(OSError): os.utime(path)   # so that one can see which are in use
     return read_table(path)
 
 # %% ../nbs/components/findings.ipynb #0ec73276

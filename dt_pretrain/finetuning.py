@@ -10,7 +10,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
@@ -20,7 +19,7 @@ from .collection import load_trajectories
 from .decision_transformer import DecisionTransformer, action_error
 from .rollouts import rollout
 from .runs import Preempted, Run, Sigterm, check_weights, environment, load_tensors, load_weights, open_run, run_folder, was_preempted
-from .setups import SETUPS, FinetuneConfig, make_config, resolve, windows_per_step
+from .setups import SETUPS, FinetuneConfig, resolve, windows_per_step
 from .tasks import InputError, get_task
 from .trajectories import Batch, ContextSampler, split_episodes
 

@@ -38,6 +38,9 @@ def conditions_of(
     mixed = alike and runs.groupby('seed').products.nunique().max() > 1
     return (formats[0] if alike else ' against '.join(formats)) + ', in some seeds mixed' * bool(mixed) + ', two collections' * two_collections(runs)
 
+# %% ../nbs/components/full_scale.ipynb #6db893b1
+def _long_enough(metrics, least): return metrics[metrics.groupby('run').step.transform('max') >= least]
+
 # %% ../nbs/components/full_scale.ipynb #34cd9b94
 def compared(
     metrics: pd.DataFrame,  # from `read_kept`
@@ -48,7 +51,8 @@ def compared(
 ) -> pd.DataFrame:          # a row a run: `arm`, `seed`, `products`, `constant_error`, `area`, and at the end of the comparison `error` and `updates`
     "Runs of several arms, alike in seeds and updates."
     least = max(1, least)
-    d = metrics[(metrics['head'] == head) & metrics.arm.isin(arms) & (metrics.groupby('run').step.transform('max') >= least)]
+    d = _long_enough(metrics, least)
+    d = d[(d['head'] == head) & d.arm.isin(arms)]
     alike = set.intersection(*(set(d.seed[d.arm == a]) for a in arms))
     if not alike: raise InputError(f'runs with a {head} head and at least {least} updates', f'a seed that {", ".join(arms)} have in common', 'none')
     d = d[d.seed.isin(alike)]
@@ -325,7 +329,7 @@ def blocks_compared(
     least: int = 600,       # updates that a run must have to count
 ) -> pd.DataFrame:          # a row a head and block: mean error over training with the block of each of DONORS that was run; how much lower it is with the language block than with the random one (`effect`) and the permuted one (`beyond`), as from `paired_difference`, None without such runs; `seeds`, `updates`, `products` as from `conditions_of`, and whether any has `learned` more than a constant guess at the end
     "Random weights with one block of another body."
-    rows, there = [], metrics[metrics.groupby('run').step.transform('max') >= max(1, least)]
+    rows, there = [], _long_enough(metrics, max(1, least))
     blocks = there.arm.str.extract(r'^random, block (\d+) [\w-]+$')[0].dropna().astype(int)
     for head, block in sorted(set(zip(there['head'][blocks.index], blocks))):
         tried = set(there.arm[there['head'] == head])
@@ -407,7 +411,7 @@ def rates_tried(
 ) -> pd.DataFrame:                   # as from `compared`, with `weights` and `rate`
     "Runs that differ in weights and learning rate, at every rate that all weights were trained with from two seeds; alike in seeds and updates. Raises InputError unless there are two such rates."
     least = max(1, least)
-    there = metrics[(metrics['head'] == head) & (metrics.groupby('run').step.transform('max') >= least)]
+    there = _long_enough(metrics[metrics['head'] == head], least)
     split = [(a, *a.partition(', learning rate ')) for a in there.arm.unique()]
     parts = pd.DataFrame([(a, w, float(rate or USUAL_RATE)) for a, w, _, rate in split], columns=['arm', 'weights', 'rate'])
     seeds = there.groupby('arm').seed.unique().map(set)
@@ -424,13 +428,11 @@ def best_rates(
     "The learning rate with the lowest mean error over training, in the mean over seeds."
     return runs.groupby(['weights', 'rate']).area.mean().unstack().idxmin(axis=1)
 
-# %% ../nbs/components/full_scale.ipynb #15c8eaae
+# %% ../nbs/components/full_scale.ipynb #2a021da5
 def at_best_rates(
-    metrics: pd.DataFrame,
-    head: str,
-) -> tuple[pd.DataFrame, tuple]:  # these runs, as from `rates_tried`; how much lower the error from language weights is than from random ones
-    "Language and random weights, each at the learning rate that is best for them; raises InputError as `rates_tried`."
-    runs = rates_tried(metrics, head)
+    runs: pd.DataFrame,           # from `rates_tried`
+) -> tuple[pd.DataFrame, tuple]:  # those at the best rate; how much lower the error from language weights is than from random ones
+    "Language and random weights, each at the learning rate that is best for them."
     chosen = runs[runs.rate == runs.weights.map(best_rates(runs))]
     return chosen, paired_difference(chosen.set_index(['weights', 'seed']).area, 'random', 'language')
 
@@ -440,8 +442,9 @@ def rates_sentence(
     head: str = 'linear',
 ) -> str:                # empty without runs at several rates
     "Language against random weights, each at the learning rate that is best for them."
-    try: runs, (chosen, effect) = rates_tried(metrics, head), at_best_rates(metrics, head)
+    try: runs = rates_tried(metrics, head)
     except InputError: return ''
+    chosen, effect = at_best_rates(runs)
     best, tried = chosen.groupby('weights').rate.first(), sorted(runs.rate.unique())
     edge = '; the best may lie beyond these' * any(best[w] in (tried[0], tried[-1]) for w in best.index)
     ends, guess = chosen.groupby('weights').error.mean(), chosen.constant_error.mean()

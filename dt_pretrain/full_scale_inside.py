@@ -162,10 +162,10 @@ def inside(
     always = dict(representations=measure_representations, weights=measure_weights, gradients=measure_gradients, information=measure_information, probe=measure_probe)
     return always | (dict(context=measure_context) if config.context_length > 1 else {})
 
-# %% ../nbs/components/full_scale_inside.ipynb #908a3150
+# %% ../nbs/components/full_scale_inside.ipynb #74858b2d
 def read_inside(
     task: str,
-    name: str,                   # `-representations`, `-weights`, `-gradients`, `-information` or `-probe`
+    name: str,                   # `-representations`, `-weights`, `-gradients`, `-information`, `-probe` or `-context`
     folder: Path | None = None,  # `kept_folder()` by default
 ) -> pd.DataFrame:               # as from `read_kept`
     "What measures found inside runs; of a run that was trained again since, but not looked into again, what they found the first time."
@@ -263,7 +263,7 @@ def past_text(
     folder: Path | None = None,  # `kept_folder()` by default
 ) -> str:                        # Markdown
     "The paragraph on large runs for the page on context."
-    try: use = read_kept(task, '-context', folder)
+    try: use = read_inside(task, '-context', folder)
     except InputError:
         return (f'Of [full-size runs](full_scale.ipynb#with-context) with context on {task} none was looked into '
                 '(their learning curves are on that page where there are any), so the verdict rests on the small scale.')

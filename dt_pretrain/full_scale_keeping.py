@@ -65,7 +65,7 @@ def play(
     "Returns of many episodes with the weights of an epoch."
     c, (train, _) = run.config, load_data(run, progress=False)
     model, target = load_model(run, epoch).to(device or default_device()), c.target_returns[0]
-    seed = 2_000_000 + 10_000 * c.seed   # none that a run plays itself
+    seed = 2_000_000 + 10_000 * c.seed   # a run's own begin at 1,000,000
     d = rollout(model, target, train.state_mean, train.state_std, c.context_length, episodes,
                 seed=seed, bfloat16=c.half, max_steps=c.eval_max_steps)
     told = dict(return_mean=d['return'].mean(), return_sd=d['return'].std(), score_mean=d.score.mean(), returns=d['return'].tolist())
@@ -179,7 +179,7 @@ def train_and_keep(
     runs_dir: str | Path,           # weights of these runs are deleted in it
     folder: Path,                   # for results: a folder a run
     measures=lambda config: {},     # of a configuration: as `keep_runs` wants them
-    device: str | None = None,
+    device: str | None = None,      # to train on; measures bring their own, as in `partial(measure_head, device='cuda:1')`
 ):                                  # raises RuntimeError that lists the runs that failed
     "Train runs that nobody else works on, keep what they measured, delete their weights."
     failed = {}
@@ -218,12 +218,12 @@ def add_kept(
 USUAL_RATE = 1e-4   # of learning
 _WEIGHTS = {'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments', 'smollm2-rescaled': 'language-rescaled'}
 
-# %% ../nbs/components/full_scale_keeping.ipynb #a4bdf2dd
+# %% ../nbs/components/full_scale_keeping.ipynb #625387d6
 def arm_of(
     c: FinetuneConfig,
 ) -> str:
     "Name of the arm that a run belongs to."
-    arm = _WEIGHTS.get(c.initialisation) or 'GPT-2, ' + ('1 head, ReLU, random' if c.setup == 'paper' else c.initialisation)
+    arm = _WEIGHTS.get(c.initialisation) or f"GPT-2, {'1 head, ReLU, ' * (c.setup == 'paper')}{c.initialisation}"
     if c.donor is not None: arm += f', block {c.block} {_WEIGHTS.get(c.donor, c.donor)}'
     aside = {
         f'K={c.context_length}': c.context_length > 1,
@@ -241,10 +241,10 @@ def product_format(
     "The format in which a run computed its products of matrices."
     return manifest['config']['precision'] if manifest['environment'].get('bfloat16', True) else 'float32'
 
-# %% ../nbs/components/full_scale_keeping.ipynb #b63be49b
+# %% ../nbs/components/full_scale_keeping.ipynb #420a9e6e
 def read_kept(
     task: str = 'hopper-medium',
-    name: str = '',                # `-heads` or `-play` for the measures
+    name: str = '',                # of a measure, after a hyphen: `-heads`, `-play`, or what is [inside](full_scale_inside.ipynb) such as `-weights`
     folder: Path | None = None,    # `kept_folder()` by default
 ) -> pd.DataFrame:                 # a row an epoch, with `arm` and, of its run, `products`: the format of products of matrices
     "What is kept of a task's runs; raises InputError if nothing is, or if a run has no manifest."

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from .findings import KEPT
-from .runs import Run, read_table
+from .runs import Run, read_table, replace_folder
 from .tasks import InputError, project_root
 
 # %% ../nbs/components/keeping.ipynb #f0110006
@@ -46,7 +46,7 @@ def fold(
     (new / 'runs.json').write_text(json.dumps(dict(parameters=parameters, runs={r.name: dict(r.manifest, config=asdict(r.config)) for r in runs}), indent=1) + '\n')
     _one_table({r.name: r.path / 'metrics.parquet' for r in runs}).to_parquet(new / 'metrics.parquet')
     for name, paths in _in_use(runs[0].path.parents[1], since).items(): _one_table(paths).to_parquet(new / 'measured' / f'{name}.parquet')
-    shutil.rmtree(folder, ignore_errors=True); new.rename(folder)
+    replace_folder(new, folder)
 
 # %% ../nbs/components/keeping.ipynb #f011000a
 def unfold(

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, ImageGPTConfig, ImageGPTForCausalImageModeling, get_cosine_schedule_with_warmup
 
 from .backbones import Architecture, in_mode, mixed_precision
+from .runs import replace_folder
 from .tasks import InputError
 
 # %% ../nbs/components/pretraining.ipynb #cc7750ed
@@ -262,13 +263,10 @@ def save_pretrained(
     card = dict(corpus=corpus.name, **corpus.about, held_out_sha256=corpus.fingerprint, architecture=model.config.model_type, parameters=model.num_parameters(), steps=curve[-1]['step'], tokens=curve[-1]['tokens'], kept_step=min(curve[1:], key=lambda c: c['held_out'])['step'],
                 held_out_bits=dict(model=held_out_bits(model, corpus), **baseline_bits(corpus)), **about, versions={p: version(p) for p in ('torch', 'transformers')}, curve=curve)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.' + folder.name))
-    new, old = tmp / 'new', tmp / 'old'
+    new = tmp / 'new'
     try:
         model.save_pretrained(new); (new / 'card.json').write_text(json.dumps(card, indent=1))
         for f in (new, *new.iterdir()): f.chmod(0o755 if f.is_dir() else 0o644)
-        if folder.exists(): folder.rename(old)
-        new.rename(folder)
-    finally:
-        if old.exists() and not folder.exists(): old.rename(folder)   # the new one did not get there
-        shutil.rmtree(tmp)
+        replace_folder(new, folder)
+    finally: shutil.rmtree(tmp)
     return card

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['checkout', 'report_sweeps', 'all_runs', 'costs', 'tidied', 'tidy', 'run_page', 'published', 'publish_runs',
-           'table_of_runs', 'execute_pages', 'report', 'with_executed_pages', 'render_site', 'keep', 'rests_on_kept',
-           'refresh_pages', 'refresh']
+           'table_of_runs', 'written', 'check_unchanged', 'execute_pages', 'report', 'with_executed_pages',
+           'render_site', 'keep', 'rests_on_kept', 'refresh_pages', 'refresh']
 
 # %% ../nbs/components/report.ipynb #fd424625
 import json, posixpath, re, shutil, time
@@ -14,13 +14,12 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from .collection import collected
 from .execution import execute_notebooks
 from .findings import read_results
 from .keeping import fold, report_folder, unfold
-from .runs import Run, run_folder, runs_folder, whole_file
+from .runs import Run, replace_folder, run_folder, runs_folder, whole_file
 from .setups import PRESETS, FinetuneConfig
-from .sweeps import check_sources, estimates, finished_runs, read_sweep, run_sweep, sweep_content
+from .sweeps import check_sources, collect_data, estimates, finished_runs, read_sweep, run_sweep, sweep_content
 from .tasks import InputError, get_task, project_root
 
 # %% ../nbs/components/report.ipynb #9a951488
@@ -136,6 +135,21 @@ def table_of_runs(
                     updates=c.epochs * c.steps_per_epoch, error=last.held_out_error, saturated=last.saturated, score=last.score_mean, minutes=run.manifest['seconds'] / 60)
     return pd.DataFrame(map(row, published(runs_dir)))
 
+# %% ../nbs/components/report.ipynb #2b5051d1
+def written(
+    path: Path,
+) -> list[str]:
+    "What somebody wrote in a notebook: its cells, without what they put out."
+    return [''.join(c['source']) for c in json.loads(path.read_text())['cells']]
+
+def check_unchanged(
+    nbs: Path,
+    sources: dict[str, list[str]],  # name of a notebook in `nbs` -> what was written in it when it was executed
+):
+    "Raise InputError if a notebook is not what was executed."
+    edited = [name for name, was in sources.items() if not (nbs / name).exists() or written(nbs / name) != was]
+    if edited: raise InputError(', '.join(edited), 'what was executed', 'another notebook: it was edited since, so it stays as it is; execute it again')
+
 # %% ../nbs/components/report.ipynb #2b5051e4
 def execute_pages(
     nbs: Path,
@@ -150,6 +164,7 @@ def execute_pages(
     results, seconds = str(new / 'findings' / 'results'), {}
     findings = [(page, {**parameters, 'results_dir': results}) for page in sorted((nbs / 'findings').glob('*.ipynb'))]
     others = [(nbs / 'index.ipynb', {'results_dir': results}), (nbs / 'experiments/runs.ipynb', {'runs_dir': parameters['runs_dir']})]
+    sources = {str(p.relative_to(nbs)): written(p) for p, _ in (*findings, *others) if p.exists()}
     for group in (findings, others):
         todo = [(p, new / p.relative_to(nbs), values) for p, values in group if p.exists()]
         with closing(execute_notebooks(todo, jobs)) as ended:   # whatever ends this, the others are stopped
@@ -157,8 +172,8 @@ def execute_pages(
                 tidy(page); name = str(page.relative_to(new.resolve())); seconds[name] = took
                 say(f'executed {name} in {took:.0f} s, {len(seconds)} of {len(findings) + len(others)}')
     publish_runs(parameters['runs_dir'], new / 'runs')
-    (new / 'made.json').write_text(json.dumps({k: parameters.get(k) for k in ('preset', 'task', 'seeds')} | dict(executed_from=start), indent=1))
-    shutil.rmtree(out, ignore_errors=True); new.rename(out)
+    (new / 'made.json').write_text(json.dumps({k: parameters.get(k) for k in ('preset', 'task', 'seeds')} | dict(executed_from=start, sources=sources), indent=1))
+    replace_folder(new, out)
     return seconds
 
 # %% ../nbs/components/report.ipynb #0ac27e0a
@@ -178,7 +193,7 @@ def report(
     configs, runs_dir = all_runs(top / 'nbs', preset, task, seeds), runs_folder()
     check_sources(configs, runs_dir)
     say(f'{preset} report on {task}: {len(configs)} runs, {jobs} at a time')
-    for name, n in sorted({(c.task, c.n_steps) for c in configs if c.source == 'collect'}): collected(name, n)
+    collect_data(configs, runs_dir)
     run_sweep(configs, top / 'nbs' / 'experiments' / 'finetune.ipynb', runs_dir, jobs)
     say(f'data and runs are there after {time.time() - start:.0f} s')
     out = top / '_report' / 'pages'
@@ -247,10 +262,13 @@ def keep(say=print):
     out = top / '_report' / 'pages'
     missing = [f'pages/{name}' for name in ('index.ipynb', 'findings/results', 'made.json') if not (out / name).exists()]
     if missing: raise InputError(str(top / '_report'), 'executed pages, made by `make report`', f'no {missing[0]}')
-    parameters = json.loads((out / 'made.json').read_text()); since = parameters.pop('executed_from')
+    parameters = json.loads((out / 'made.json').read_text())
+    since, sources = parameters.pop('executed_from'), parameters.pop('sources')
+    pages = [*sorted((out / 'findings').glob('*.ipynb')), *out.glob('index.ipynb')]
+    check_unchanged(top / 'nbs', {name: sources.get(name) for p in pages for name in [str(p.relative_to(out))]})
     runs = [Run(run_folder(c)) for c in all_runs(top / 'nbs', **parameters)]
     fold(runs, report_folder(), parameters, since); say(f'kept {len(runs)} runs')
-    for page in [*sorted((out / 'findings').glob('*.ipynb')), *out.glob('index.ipynb')]:
+    for page in pages:
         _keep_page(read_nb(page), top / 'nbs' / page.relative_to(out)); say(f'kept {page.relative_to(out)}')
     shutil.copytree(out / 'findings' / 'results', top / 'nbs' / 'findings' / 'results', dirs_exist_ok=True)
     _keep_readme(top, say)
@@ -275,9 +293,11 @@ def refresh_pages(
     before = {p.name: p.read_bytes() for p in results.glob('*.json')} if results else {}
     if results: shutil.rmtree(folder / 'results', ignore_errors=True)
     for p in pages if results else []: shutil.copytree(results, own(p))   # a result that stays the same keeps its day
+    sources = {p.name: written(p) for p in pages}
     todo = [(p, folder / p.name, (parameters or {}) | (dict(results_dir=str(own(p))) if results else {})) for p in pages]
     with closing(execute_notebooks(todo)) as ended:
         for done, took in ended:
+            check_unchanged(by_name[done.name].parent, {done.name: sources[done.name]})
             tidy(done); _keep_page(read_nb(done), by_name[done.name]); say(f'{done.name}: {took:.0f} s')
             for r in own(done).glob('*.json'):
                 if r.read_bytes() != before.get(r.name): shutil.copy2(r, results / r.name)

@@ -76,7 +76,8 @@ def rollout(
         for t in range(max_steps or task.max_steps):
             history.observe(live, t, np.array(observations))
             actions = model(history.window(live, t, context_length))[:, -1].float()
-            index, steps = live.tolist(), [envs[i].step(a) for i, a in zip(live.tolist(), actions.cpu().numpy())]
+            index = live.tolist()
+            steps = [envs[i].step(a) for i, a in zip(index, actions.cpu().numpy())]
             rewards = np.array([s[1] for s in steps]); total[index] += rewards; length[index] += 1
             history.act(live, t, actions, rewards)
             on = [not (s[2] or s[3]) for s in steps]

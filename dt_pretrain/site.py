@@ -561,13 +561,13 @@ def replacing(
     "A new folder that takes the place of `folder` at the end, unless there was an error."
     if folder.exists() and not (folder.is_dir() and ((folder / '.nojekyll').exists() or not any(folder.iterdir()))):
         raise SiteError(str(folder), 'a new folder for the site, an empty one, or a site that was built before', 'something else')
+    from dt_pretrain.runs import replace_folder   # which imports torch: processes that draw pages can do without
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
     try:
         new = tmp / 'new'; new.mkdir()
         yield new
-        if folder.exists(): folder.rename(tmp / 'old')
-        new.rename(folder)
+        replace_folder(new, folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/components/site.ipynb #2b960e02

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['sweep_file', 'sweep_content', 'read_sweep', 'operations', 'estimates', 'finished_runs', 'Job', 'plain', 'stop_all',
            'local', 'here', 'pack', 'unpack', 'on_ray', 'run_sweep', 'time_limit', 'sweep_status', 'status_text',
-           'check_sources']
+           'collect_data', 'check_sources']
 
 # %% ../nbs/components/sweeps.ipynb #ccec898e
 import importlib.util, io, itertools, os, re, shutil, signal, tarfile, tempfile, threading, time, tomllib, uuid
@@ -21,10 +21,11 @@ from platformdirs import user_cache_path
 from tqdm.auto import tqdm
 
 from .backbones import check_source, locate, parse_initialisation, read_config
+from .collection import collected
 from .execution import Execution, last_error
 from .finetuning import finetune
 from .runs import Run, RunInUseError, Sigterm, open_run, run_folder, take_over, was_preempted, whole_file
-from .setups import PRESETS, FinetuneConfig, make_config, run_name, windows_per_step
+from .setups import PRESETS, FinetuneConfig, make_config, windows_per_step
 from .tasks import InputError, project_root
 
 # %% ../nbs/components/sweeps.ipynb #eb4a4852
@@ -185,9 +186,12 @@ def plain(
 
 # %% ../nbs/components/sweeps.ipynb #95391322
 def stop_all(jobs):
-    "Ask all of them to stop, and wait until they have."
-    for j in jobs: j.execution.process.terminate()
-    for j in jobs: j.execution.stop(); j.lock.release()
+    "Ask all of them to stop, and wait until they have; what has just ended by itself is kept."
+    going = [j for j in jobs if j.execution.process.poll() is None]
+    for j in going: j.execution.process.terminate()
+    for j in jobs:
+        if j not in going: j.close(); continue
+        j.execution.stop(); j.lock.release()
 
 def local(
     jobs: int = 2,  # at a time
@@ -448,12 +452,22 @@ def status_text(
     counts = ', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())
     return f'{shown}\n{len(table)} runs: {counts or "none"}; {table.seconds.sum() / 3600:.1f} hours so far'
 
+# %% ../nbs/components/sweeps.ipynb #0f3de550
+def _untrained(configs, runs_dir): return [c for c in configs if not Job(c, None, runs_dir).trained]
+
+def collect_data(
+    configs: list[FinetuneConfig],
+    runs_dir: str | Path,
+):
+    "Collect, with a bar, what runs that are still to be trained learn from."
+    for name, n in sorted({(c.task, c.n_steps) for c in _untrained(configs, runs_dir) if c.source == 'collect'}): collected(name, n)
+
 # %% ../nbs/components/sweeps.ipynb #0f3de551
 def check_sources(
     configs: list[FinetuneConfig],
     runs_dir: str | Path,
 ):
     "Raise InputError if weights that a run has still to start from are not there."
-    names = [(n, c) for c in configs if not Job(c, None, runs_dir).trained for n in (c.initialisation, c.donor) if n]
+    names = [(n, c) for c in _untrained(configs, runs_dir) for n in (c.initialisation, c.donor) if n]
     for wanted in dict.fromkeys((i.source, c.scale, c.revision) for n, c in names if (i := parse_initialisation(n)).brings_architecture): check_source(*wanted)
 

@@ -6,6 +6,7 @@ __all__ = ['HF_MIRROR', 'returns_to_go', 'Trajectories', 'check_trajectories', '
            'write_minari']
 
 # %% ../nbs/components/trajectories.ipynb #ba18d87a
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,7 +86,7 @@ def from_episodes(
     source: str = '',  # where they came from
 ) -> Trajectories:
     "Join episodes of one task."
-    task, episodes = (get_task(task) if isinstance(task, str) else task), list(episodes)
+    task, episodes = get_task(task), list(episodes)
     if not episodes: raise InputError(source or task.name, 'at least one episode', 'none')
     for i, e in enumerate(episodes):
         if not isinstance(e, dict) or not {'observations', 'actions', 'rewards'} <= e.keys(): raise InputError(f'{source or task.name}, episode {i}', 'a dict with observations, actions and rewards', ', '.join(e) if isinstance(e, dict) else type(e).__name__)
@@ -130,7 +131,7 @@ class Batch:
     actions: torch.Tensor        # (B, K, action_dim) float32, -10 in the padding
     returns_to_go: torch.Tensor  # (B, K, 1) float32, divided by the task's scale
     timesteps: torch.Tensor      # (B, K) int64, step within the episode
-    mask: torch.Tensor           # (B, K) bool, False in the padding
+    mask: torch.Tensor | None    # (B, K) bool, False in the padding; None: there is no padding
 
     def to(self, device) -> 'Batch':
         "The same batch on another device."
@@ -209,12 +210,13 @@ def read_minari(
 ) -> Trajectories:
     "Read a Minari dataset from a folder."
     import minari
-    task, path = (get_task(task) if isinstance(task, str) else task), Path(path)
+    task, path = get_task(task), Path(path)
     if not (path / 'data').is_dir(): raise InputError(str(path), "a Minari dataset, a folder with 'data' in it", 'none' if not path.exists() else 'something else')
     for file in sorted((path / 'data').glob('*.hdf5')): _check_hdf5(file)
     try: dataset = minari.MinariDataset(path / 'data')
     except Exception as e: raise InputError(str(path), 'a readable Minari dataset', f'{type(e).__name__}: {e}') from e
-    versions = [task.env_id] + [f'{name}-v{v}' for name, _, own in [task.env_id.rpartition('-v')] if own in ('2', '3', '4') for v in (2, 3, 4) if str(v) != own]
+    family = re.sub(r'-v[234]$', '-v', task.env_id)
+    versions = [task.env_id] if family == task.env_id else [f'{family}{v}' for v in (2, 3, 4)]
     if (env := dataset.spec.env_spec) and env.id not in versions: raise InputError(str(path), f'episodes of {" or ".join(versions)}, for {task.name}', env.id)
     def episode(i):
         try: return next(iter(dataset.iterate_episodes([i])))
@@ -229,7 +231,7 @@ def d4rl_path(
     "The HDF5 file of a task, fetched from D4RL's server if it is not there yet."
     import os, tempfile
     d4rl = import_d4rl()
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     if task.d4rl_name not in d4rl.infos.DATASET_URLS: raise InputError(f'D4RL dataset of {task.name}', 'one that D4RL publishes', task.d4rl_name)
     url = d4rl.infos.DATASET_URLS[task.d4rl_name]
     folder = Path(os.environ.get('D4RL_DATASET_DIR', '~/.d4rl/datasets')).expanduser(); folder.mkdir(parents=True, exist_ok=True)
@@ -262,7 +264,7 @@ def read_d4rl(
 ) -> Trajectories:
     "Read a D4RL dataset through the `d4rl` package."
     d4rl = import_d4rl()
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     path = d4rl_path(task) if path is None else Path(path)
     if not path.is_file(): raise InputError(str(path), 'a D4RL HDF5 file', 'none')
     _check_hdf5(path)
@@ -281,7 +283,7 @@ def fetch_hf_mirror(
 ) -> Path:  # the local copy, a folder with `<task>-v2/train/*.parquet` in it
     "Download a task's part of the mirror."
     from huggingface_hub import snapshot_download
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     try: return Path(snapshot_download(HF_MIRROR, repo_type='dataset', revision='refs/convert/parquet', allow_patterns=f'{task.d4rl_name}/*'))
     except Exception as e: raise InputError(f'{HF_MIRROR} on the hub', 'a download, or a local copy given as path', f'{type(e).__name__}: {e}') from e
 
@@ -292,7 +294,7 @@ def read_hf_mirror(
 ) -> Trajectories:
     "Read a task from the Hugging Face mirror of D4RL, an episode a row."
     import pyarrow as pa, pyarrow.parquet as pq
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     path = fetch_hf_mirror(task) if path is None else Path(path)
     files = sorted((path / task.d4rl_name).glob('**/*.parquet'))
     if not files: raise InputError(str(path), f'{task.d4rl_name}/**/*.parquet', 'no such file')

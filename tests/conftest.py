@@ -33,6 +33,16 @@ def checkout(tmp_path):
     return copy
 
 
+@pytest.fixture(scope="session")
+def left_alone(tmp_path_factory):
+    "A run that nobody disturbed."
+    from soak import run_of, start
+    folder = tmp_path_factory.mktemp("alone")
+    start(folder).join()
+    assert run_of(folder).status == "finished"
+    return run_of(folder)
+
+
 @pytest.fixture
 def cli(capsys):
     "Call `dt-pretrain`; returns its exit code and what it wrote to standard error."

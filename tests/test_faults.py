@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from soak import VALUES, contents, processes, run_of, start
+from soak import VALUES, contents, processes, run_of
 
 from dt_pretrain import runs
 from dt_pretrain.backbones import load_backbone
@@ -102,14 +102,6 @@ def test_after_a_loss_that_is_not_a_number_the_last_epoch_is_whole(tmp_path, mon
 
 
 # a full disk
-
-@pytest.fixture(scope="module")
-def left_alone(tmp_path_factory):
-    "A run that nobody disturbed."
-    folder = tmp_path_factory.mktemp("alone")
-    start(folder).join()
-    return run_of(folder)
-
 
 def goes_on(run, left_alone):
     "Start it again: it ends like the one that nobody disturbed."

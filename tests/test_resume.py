@@ -14,15 +14,6 @@ from dt_pretrain.setups import make_config
 from dt_pretrain.tasks import InputError
 
 
-@pytest.fixture(scope="module")
-def left_alone(tmp_path_factory):
-    "The folder of a run that nobody disturbed."
-    folder = tmp_path_factory.mktemp("alone")
-    start(folder).join()
-    assert run_of(folder).status == "finished"
-    return run_of(folder)
-
-
 def test_killed_at_30_random_moments(left_alone, tmp_path):
     "kill -9, and SIGTERM in between; `python tests/soak.py --kills 200` is the long form."
     seen = soak(tmp_path, 30, random.Random(1), contents(left_alone), sigterm=0.2)
