@@ -561,6 +561,11 @@ def test_names_are_linked_to_their_pages(real):
     assert not [href for href in links if 'github.io' in href]
 
 
+def test_no_link_is_shown_as_it_is_written(real):
+    shown = {p.name: re.findall(r'\[`?\w+`?\]\(/?[\w/]+\.(?:ipynb|html)[^)]*\)', soup(p.read_text()).main.get_text()) for p in (real / BASE).rglob('*.html')}
+    assert {name: links for name, links in shown.items() if links} == {}
+
+
 @pytest.mark.parametrize('name', PAGES)
 def test_real_pages_in_the_browser(tab, real_url, name):
     assert inspect(tab, real_url + name) == []
