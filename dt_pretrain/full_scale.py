@@ -244,18 +244,19 @@ def by_head_text(
 # %% ../nbs/components/full_scale.ipynb #3a6fa2e8
 _SLOWLY = ['language, long warm-up', 'random, long warm-up']
 
-# %% ../nbs/components/full_scale.ipynb #afb10e7b
+# %% ../nbs/components/full_scale.ipynb #cbff2e9a
 def warmup_text(
     metrics: pd.DataFrame,  # from `read_kept`
     brief: bool = False,    # without numbers
+    least: int = 600,       # updates that a run must have to count
 ) -> str:                   # empty if no such runs are kept
     "Language against random weights with the paper's warm-up, head by head."
     if brief:
-        told = by_head_text(lambda head: advantage(metrics, head, *_SLOWLY))
+        told = by_head_text(lambda head: advantage(metrics, head, *_SLOWLY, least))
         return f"With the paper's own warm-up, {told}." * bool(told)
     whole = PRESETS['paper']['warmup_steps']
     def told(head, words):
-        (effect, n), runs = advantage(metrics, head, *_SLOWLY), compared(metrics, head, _SLOWLY)
+        (effect, n), runs = advantage(metrics, head, *_SLOWLY, least), compared(metrics, head, _SLOWLY, least)
         ends = ' and '.join(f'{e:.2f}' for e in runs.groupby('arm').error.mean()[_SLOWLY])
         said = (f"with {words}, over {n:,} updates ({n / whole:.0%} of it), {spell_advantage(effect)} than from random ones "
                 f"({counted(effect[3])}; {conditions_of(runs, _SLOWLY)}), errors at the end are {ends}")
@@ -266,7 +267,7 @@ def warmup_text(
     if not found: return ''
     said, guess, seeds = zip(*found)
     return (f"With the paper's own warm-up the mean error from language weights is, {'; '.join(said)}. "
-            f"A constant guess has {' or '.join(sorted({f'{g:.2f}' for g in guess}))}.{two_seeds_text(min(seeds))}")
+            f"A constant guess has {' or '.join(sorted({f'{g:.2f}' for g in guess}))}.{two_seeds_text(2 if 2 in seeds else 0)}")
 
 # %% ../nbs/components/full_scale.ipynb #89fc3708
 def catching_up(

@@ -15,7 +15,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from .backbones import mixed_precision
+from .backbones import mixed_precision, parse_initialisation
 from .decision_transformer import head_statistics
 from .finetuning import check_data, default_device, finetune, load_data, load_model
 from .rollouts import rollout
@@ -218,12 +218,13 @@ def add_kept(
 USUAL_RATE = 1e-4   # of learning
 _WEIGHTS = {'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments', 'smollm2-rescaled': 'language-rescaled'}
 
-# %% ../nbs/components/full_scale_keeping.ipynb #625387d6
+# %% ../nbs/components/full_scale_keeping.ipynb #4c0960aa
 def arm_of(
     c: FinetuneConfig,
 ) -> str:
     "Name of the arm that a run belongs to."
-    arm = _WEIGHTS.get(c.initialisation) or f"GPT-2, {'1 head, ReLU, ' * (c.setup == 'paper')}{c.initialisation}"
+    old = c.setup == 'paper' and not parse_initialisation(c.initialisation).brings_architecture
+    arm = _WEIGHTS.get(c.initialisation) or f"GPT-2, {'1 head, ReLU, ' * old}{c.initialisation}"
     if c.donor is not None: arm += f', block {c.block} {_WEIGHTS.get(c.donor, c.donor)}'
     aside = {
         f'K={c.context_length}': c.context_length > 1,
@@ -241,10 +242,10 @@ def product_format(
     "The format in which a run computed its products of matrices."
     return manifest['config']['precision'] if manifest['environment'].get('bfloat16', True) else 'float32'
 
-# %% ../nbs/components/full_scale_keeping.ipynb #420a9e6e
+# %% ../nbs/components/full_scale_keeping.ipynb #871233a9
 def read_kept(
     task: str = 'hopper-medium',
-    name: str = '',                # of a measure, after a hyphen: `-heads`, `-play`, or what is [inside](full_scale_inside.ipynb) such as `-weights`
+    name: str = '',                # of a measure, after a hyphen: `-heads`, `-play`, or one of `inside`, such as `-weights`
     folder: Path | None = None,    # `kept_folder()` by default
 ) -> pd.DataFrame:                 # a row an epoch, with `arm` and, of its run, `products`: the format of products of matrices
     "What is kept of a task's runs; raises InputError if nothing is, or if a run has no manifest."

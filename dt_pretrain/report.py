@@ -138,13 +138,13 @@ def table_of_runs(
 # %% ../nbs/components/report.ipynb #2b5051d1
 def written(
     path: Path,
-) -> list[str]:
-    "What somebody wrote in a notebook: its cells, without what they put out."
-    return [''.join(c['source']) for c in json.loads(path.read_text())['cells']]
+) -> list[list]:
+    "What somebody wrote in a notebook: kind, tags and text of its cells, without what they put out."
+    return [[c['cell_type'], c['metadata'].get('tags', []), ''.join(c['source'])] for c in json.loads(path.read_text())['cells']]
 
 def check_unchanged(
     nbs: Path,
-    sources: dict[str, list[str]],  # name of a notebook in `nbs` -> what was written in it when it was executed
+    sources: dict[str, list],  # name of a notebook in `nbs` -> what was written in it when it was executed
 ):
     "Raise InputError if a notebook is not what was executed."
     edited = [name for name, was in sources.items() if not (nbs / name).exists() or written(nbs / name) != was]
@@ -263,7 +263,7 @@ def keep(say=print):
     missing = [f'pages/{name}' for name in ('index.ipynb', 'findings/results', 'made.json') if not (out / name).exists()]
     if missing: raise InputError(str(top / '_report'), 'executed pages, made by `make report`', f'no {missing[0]}')
     parameters = json.loads((out / 'made.json').read_text())
-    since, sources = parameters.pop('executed_from'), parameters.pop('sources')
+    since, sources = parameters.pop('executed_from'), parameters.pop('sources', {})
     pages = [*sorted((out / 'findings').glob('*.ipynb')), *out.glob('index.ipynb')]
     check_unchanged(top / 'nbs', {name: sources.get(name) for p in pages for name in [str(p.relative_to(out))]})
     runs = [Run(run_folder(c)) for c in all_runs(top / 'nbs', **parameters)]
@@ -293,14 +293,16 @@ def refresh_pages(
     before = {p.name: p.read_bytes() for p in results.glob('*.json')} if results else {}
     if results: shutil.rmtree(folder / 'results', ignore_errors=True)
     for p in pages if results else []: shutil.copytree(results, own(p))   # a result that stays the same keeps its day
-    sources = {p.name: written(p) for p in pages}
+    sources, edited = {p.name: written(p) for p in pages}, []
     todo = [(p, folder / p.name, (parameters or {}) | (dict(results_dir=str(own(p))) if results else {})) for p in pages]
     with closing(execute_notebooks(todo)) as ended:
         for done, took in ended:
-            check_unchanged(by_name[done.name].parent, {done.name: sources[done.name]})
+            try: check_unchanged(by_name[done.name].parent, {done.name: sources[done.name]})
+            except InputError as e: edited.append(e); continue   # the others are kept
             tidy(done); _keep_page(read_nb(done), by_name[done.name]); say(f'{done.name}: {took:.0f} s')
             for r in own(done).glob('*.json'):
                 if r.read_bytes() != before.get(r.name): shutil.copy2(r, results / r.name)
+    if edited: raise InputError(', '.join(e.what for e in edited), 'what was executed', edited[0].found)
 
 # %% ../nbs/components/report.ipynb #915858f1
 def refresh(

@@ -6,7 +6,7 @@ __all__ = ['ADDED', 'whole_file', 'replace_folder', 'save_tensors', 'load_tensor
            'RunInUseError', 'take_over', 'open_run', 'find_runs']
 
 # %% ../nbs/components/runs.ipynb #6dd565fa
-import json, os, platform, shutil, signal, subprocess, sys, threading, warnings
+import errno, json, os, platform, shutil, signal, subprocess, sys, threading, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -45,12 +45,13 @@ def replace_folder(
 ):
     "Put a folder in the place of another, which is deleted then and stays if that fails."
     old = folder.with_name(f'.{folder.name}.{os.getpid()}.old')
-    if folder.exists(): folder.rename(old)
-    try: new.rename(folder)
-    except OSError:
-        if old.exists(): old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        if folder.exists(): folder.rename(old)
+        new.rename(folder)
+    finally:
+        if old.exists() and not folder.exists(): old.rename(folder)   # the new one did not get there
+    if old.is_symlink(): old.unlink()
+    else: shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/components/runs.ipynb #c188f377
 def save_tensors(
@@ -366,7 +367,8 @@ def in_use(self: Run) -> bool:
     try:
         if (self.path / '.lock').exists(): FileLock(self.path / '.lock', timeout=0).acquire().lock.release()
     except Timeout: return True
-    except OSError: pass   # a folder, or a whole file system, that is read-only
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS): raise   # where we may not write, nobody can be asked
     return False
 
 # %% ../nbs/components/runs.ipynb #94943120

@@ -8,7 +8,7 @@ __all__ = ['sweep_file', 'sweep_content', 'read_sweep', 'operations', 'estimates
 # %% ../nbs/components/sweeps.ipynb #ccec898e
 import importlib.util, io, itertools, os, re, shutil, signal, tarfile, tempfile, threading, time, tomllib, uuid
 from collections import deque
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -187,11 +187,16 @@ def plain(
 # %% ../nbs/components/sweeps.ipynb #95391322
 def stop_all(jobs):
     "Ask all of them to stop, and wait until they have; what has just ended by itself is kept."
-    going = [j for j in jobs if j.execution.process.poll() is None]
-    for j in going: j.execution.process.terminate()
-    for j in jobs:
-        if j not in going: j.close(); continue
-        j.execution.stop(); j.lock.release()
+    ended = [j for j in jobs if j.execution.process.poll() in (0, 1)]   # well, or with an error
+    for j in jobs: j.execution.process.terminate()
+    with ExitStack() as each:   # all of them, also if one raises
+        for j in reversed(jobs):
+            if j in ended: each.callback(j.close)
+            else: each.callback(_stop, j)
+
+def _stop(job):
+    try: job.execution.stop()
+    finally: job.lock.release()
 
 def local(
     jobs: int = 2,  # at a time

@@ -202,6 +202,15 @@ def test_report_at_smoke_scale(checkout, monkeypatch, tmp_path):
     listed = (front.parent / "experiments/runs.html").read_text()
     assert all((front.parent / f"runs/hopper-medium/{run_name(c)}.html").exists() and run_name(c) in listed for c in configs)
     (checkout / "_report/times.json").unlink()             # pages say themselves what they were made of
+    page = checkout / "nbs/findings/1_feature_reuse.ipynb"
+    untouched = page.read_text()
+    edited = json.loads(untouched)
+    edited["cells"][1]["source"] = ["# somebody wrote this after the report"]
+    page.write_text(json.dumps(edited))
+    with pytest.raises(InputError, match="findings/1_feature_reuse.ipynb: expected what was executed"):
+        keep(say=lambda *_: None)
+    assert json.loads(page.read_text()) == edited
+    page.write_text(untouched)
     keep(say=lambda *_: None)
     assert "inconclusive" in (checkout / "README.md").read_text()
     before = {p: p.read_text() for p in (checkout / "nbs").rglob("*.ipynb")}

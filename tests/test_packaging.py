@@ -73,6 +73,9 @@ def test_a_run_names_the_commit_of_our_own_repository_alone(top, tmp_path):
     git("add", "dt_pretrain")
     git("commit", "-m", "ours")
     assert commit() == git("rev-parse", "HEAD")
+    with (tmp_path / "dt_pretrain/tasks.py").open("a") as f:
+        f.write("# edited\n")
+    assert commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_a_run_needs_no_git(tmp_path, monkeypatch):
