@@ -562,17 +562,19 @@ def test_names_are_linked_to_their_pages(real):
 
 
 def written_links(page):
-    "Links as they are written in Markdown, in prose and in signatures; examples may show some."
-    link = re.compile(r'\[`?\w+`?\]\([\w./]+\.(?:ipynb|html)[^)]*\)')
-    signatures = [pre.text for pre in page.select('main pre') if re.match(r'\s*(def|class) ', pre.text)]
-    for code in page.select('pre'): code.decompose()
-    return [l for text in (page.main.get_text(), *signatures) for l in link.findall(text)]
+    "Links as they are written in Markdown, in prose and in signatures; examples in code may show some."
+    link = re.compile(r'\[`?\w*`?\]\([\w./]+\.(?:ipynb|html)[^)]*\)')
+    signatures = [pre.text for pre in page.select('main pre') if re.fullmatch(r'\s*(def|class) [^\n]*|\s*(def|class) .*\n\)[^\n]*', pre.text, re.S)]
+    for code in page.select('pre, code'):
+        code.decompose()
+    return [l for text in ((page.main or page).get_text(), *signatures) for l in link.findall(text)]
 
 
 def test_no_link_is_shown_as_it_is_written(real):
-    assert written_links(soup('<main>[f](/a.html#f)<pre>def f(\n  x, # [`g`](/b.ipynb#g)\n)</pre><pre>[g](c.html)</pre></main>')) == ['[f](/a.html#f)', '[`g`](/b.ipynb#g)']
-    shown = {p.relative_to(real).as_posix(): written_links(soup(p.read_text())) for p in (real / BASE).rglob('*.html')}
-    assert {name: links for name, links in shown.items() if links} == {}
+    shown = '<main>[f](/a.html#f) [<code>h</code>](d.html)<code>[home](e.html)</code><pre>def f(\n  x, # [`g`](/b.ipynb#g)\n)->int:</pre><pre>[g](c.html)</pre></main>'
+    assert written_links(soup(shown)) == ['[f](/a.html#f)', '[](d.html)', '[`g`](/b.ipynb#g)']
+    found = {p.relative_to(real).as_posix(): written_links(soup(p.read_text())) for p in (real / BASE).rglob('*.html')}
+    assert {name: links for name, links in found.items() if links} == {}
 
 
 @pytest.mark.parametrize('name', PAGES)
