@@ -95,6 +95,11 @@ def test_no_path_of_a_machine_in_outputs():
     assert found == []
 
 
+def test_cells_have_ids_of_their_own():
+    ids = {name(p): [c["id"] for c in json.loads(p.read_text())["cells"]] for p in NOTEBOOKS}
+    assert [n for n, found in ids.items() if len(found) != len(set(found))] == []
+
+
 def test_no_saved_error():
     assert [name(p) for p in NOTEBOOKS for c in code_cells(p) for o in c.get("outputs", []) if o.output_type == "error"] == []
 
