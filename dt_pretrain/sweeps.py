@@ -457,7 +457,7 @@ def status_text(
     counts = ', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())
     return f'{shown}\n{len(table)} runs: {counts or "none"}; {table.seconds.sum() / 3600:.1f} hours so far'
 
-# %% ../nbs/components/sweeps.ipynb #0f3de54e
+# %% ../nbs/components/sweeps.ipynb #a1b2c3e7
 def _untrained(configs, runs_dir): return [c for c in configs if not Job(c, None, runs_dir).trained]
 
 def collect_data(
