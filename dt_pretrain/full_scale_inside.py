@@ -26,23 +26,20 @@ from .runs import Run
 from .setups import FinetuneConfig
 from .tasks import InputError
 
-# %% ../nbs/components/full_scale_inside.ipynb #7cd5b77f
+# %% ../nbs/components/full_scale_inside.ipynb #bf9f9d03
 @lru_cache(1)
 def _loaded(path, epoch, device, stamp):
     return {when: load_model(Run(path), e).to(device) for when, e in (('before', 0), ('after', epoch))}
 
-# %% ../nbs/components/full_scale_inside.ipynb #14d23c89
 def _models(run, epoch, device):
     "A run's model before training and after an epoch, loaded once for all measures; again if the run was trained again."
     return _loaded(run.path, epoch, device or default_device(), run.checkpoint_path(epoch).stat().st_mtime_ns)
 
-# %% ../nbs/components/full_scale_inside.ipynb #4f1aaf88
 def _of_both(run, epoch, device, measure):
     "A measure's rows for both models."
     rows = [measure(model).assign(when=when) for when, model in _models(run, epoch, device).items()]
     return pd.concat(rows, ignore_index=True).assign(run=run.path.name, epoch=epoch)
 
-# %% ../nbs/components/full_scale_inside.ipynb #af4eb700
 def _shown(run, n, device, held_out=False):
     "The windows that all models are shown."
     return analysis_batch(run, n, run.config.context_length, held_out=held_out).to(device or default_device())

@@ -89,18 +89,15 @@ def kept_at(
     "Whether a file has rows of a run at an epoch, or a later one."
     return path.exists() and ((t := read_table(path)).epoch[t.run == run.path.name] >= epoch).any()
 
-# %% ../nbs/components/full_scale_keeping.ipynb #23d504c6
+# %% ../nbs/components/full_scale_keeping.ipynb #1b026a92
 def _write_table(table, path):
     with whole_file(path) as tmp: table.to_parquet(tmp)
 
-# %% ../nbs/components/full_scale_keeping.ipynb #54f51c4b
 def _manifests(path): return json.loads(path.read_text()) if path.exists() else {}
 
-# %% ../nbs/components/full_scale_keeping.ipynb #e75eee61
 def _add_manifests(path, new):
     with whole_file(path) as tmp: tmp.write_text(json.dumps(_manifests(path) | new, indent=1))
 
-# %% ../nbs/components/full_scale_keeping.ipynb #a27836eb
 def _keeping(folder):
     "Nobody else writes to a folder of results."
     return FileLock(folder / '.kept.lock')
@@ -134,14 +131,12 @@ def _constant(task, source, path, n_steps, held_out):
     config = make_config('mini', task=task, source=source, path=path, n_steps=n_steps, held_out=held_out)
     return constant_error(config), load_data(config, progress=False)[0]
 
-# %% ../nbs/components/full_scale_keeping.ipynb #010fca4c
 def _facts(run, epoch):
     "Metrics up to an epoch, and what a constant guess has."
     c = run.config
     constant, train = _constant(c.task, c.source, c.path, c.n_steps, c.held_out); check_data(run, train)
     return run.metrics.query('epoch <= @epoch').assign(constant_error=constant)
 
-# %% ../nbs/components/full_scale_keeping.ipynb #61ebc8c5
 def _measured(measure, run, epoch):
     "What a measure finds; None if training has gone on and the epoch's weights are deleted."
     try: return measure(run, epoch)
