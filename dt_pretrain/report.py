@@ -265,7 +265,8 @@ def keep(say=print):
     parameters = json.loads((out / 'made.json').read_text())
     since, sources = parameters.pop('executed_from'), parameters.pop('sources', {})
     pages = [*sorted((out / 'findings').glob('*.ipynb')), *out.glob('index.ipynb')]
-    check_unchanged(top / 'nbs', {name: sources.get(name) for p in pages for name in [str(p.relative_to(out))]})
+    names = [str(p.relative_to(out)) for p in pages]
+    check_unchanged(top / 'nbs', {n: sources.get(n) for n in names})
     runs = [Run(run_folder(c)) for c in all_runs(top / 'nbs', **parameters)]
     fold(runs, report_folder(), parameters, since); say(f'kept {len(runs)} runs')
     for page in pages:
