@@ -15,7 +15,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from .backbones import mixed_precision, parse_initialisation
+from .backbones import PARTS, mixed_precision, parse_initialisation
 from .decision_transformer import head_statistics
 from .finetuning import check_data, default_device, finetune, load_data, load_model
 from .rollouts import rollout
@@ -73,12 +73,14 @@ def play(
 
 # %% ../nbs/components/full_scale_keeping.ipynb #c4c9303f
 def with_kept(
-    new: pd.DataFrame,  # rows with a column `run`
+    new: pd.DataFrame,  # rows with columns `run` and `epoch`
     path: Path,         # of a parquet file, there or not
 ) -> pd.DataFrame:
-    "New rows, and those of other runs that are in the file already."
+    "New rows, and those in the file already that are of other runs, or, in a table of returns, of other epochs."
     old = read_table(path) if path.exists() else new.iloc[:0]
-    return pd.concat([x for x in (old[~old.run.isin(new.run)], new) if len(x)] or [new], ignore_index=True)
+    of = ['run', 'epoch'] if path.stem.endswith('-play') else ['run']
+    known = old.set_index(of).index.isin(new.set_index(of).index)
+    return pd.concat([x for x in (old[~known], new) if len(x)] or [new], ignore_index=True)
 
 # %% ../nbs/components/full_scale_keeping.ipynb #99b354cf
 def kept_at(
@@ -175,15 +177,20 @@ def train_and_keep(
     folder: Path,                   # for results: a folder a run
     measures=lambda config: {},     # of a configuration: as `keep_runs` wants them
     device: str | None = None,      # to train on; measures bring their own, as in `partial(measure_head, device='cuda:1')`
+    every: int | None = None,       # keep, and measure, after so many epochs each; by default at the end
 ):                                  # raises RuntimeError that lists the runs that failed
     "Train runs that nobody else works on, keep what they measured, delete their weights."
+    if every is not None and every < 1: raise InputError('every', 'at least 1 epoch', every)
     failed = {}
     for config in configs:
         place, path = folder / run_name(config), run_folder(config, runs_dir)
         place.mkdir(parents=True, exist_ok=True)
         with suppress(Timeout), FileLock(place / '.lock', timeout=0):
             if (place / 'whole').exists(): continue
-            try: keep_runs([finetune(config, runs_dir, device, progress=False)], place, measures, progress=False)
+            n = every or config.epochs
+            try:
+                for until in [*range(n, config.epochs, n), config.epochs]:
+                    keep_runs([finetune(config, runs_dir, device, progress=False, until=until)], place, measures, progress=False)
             except (RuntimeError, ValueError, ArithmeticError, OSError) as e:
                 failed[place.name] = f'{type(e).__name__}: {e}'; continue
             for weights in path.glob('*.safetensors'): weights.unlink()
@@ -211,7 +218,10 @@ def add_kept(
 
 # %% ../nbs/components/full_scale_keeping.ipynb #70a5ce3d
 USUAL_RATE = 1e-4   # of learning
-_WEIGHTS = {'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments', 'smollm2-rescaled': 'language-rescaled'}
+_WEIGHTS = {
+    'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments',
+    'smollm2-rescaled': 'language-rescaled', **{f'smollm2-permuted-{part}': f'language, {part} permuted' for part in PARTS},
+}
 
 # %% ../nbs/components/full_scale_keeping.ipynb #4c0960aa
 def arm_of(
