@@ -252,6 +252,7 @@ def check_source(
 ):
     "Raise InputError for weights that are not there, as far as can be said without asking the hub."
     at = locate(source, scale, revision)
+    if revision and at.get('revision') is None: raise InputError('revision', f'none: {_where(at)} is not on a hub', repr(revision))
     if 'gguf_file' in at: return _check_gguf(Path(_where(at)))
     if scale == 'hub' and source in shipped_names() and source not in HUB: raise InputError('initialisation', f'weights of the size of {" and ".join(HUB.values())}: {", ".join(HUB)}, an id on the hub or a folder', f'{source!r}, which is there for the presets smoke and mini alone')
     if Path(name := at['pretrained_model_name_or_path']).exists(): return
