@@ -344,14 +344,14 @@ def parts_of(
 def permuted(
     backbone: PreTrainedModel,
     seed: int = 0,
-    part: str | None = None,  # one of `PARTS`: only its tensors, in the order that they have when all are shuffled
-) -> PreTrainedModel:         # a new one
+    parts=PARTS,       # whose tensors are shuffled; each comes out as when all are
+) -> PreTrainedModel:  # a new one
     "Shuffle the values inside each tensor."
-    if part not in (None, *PARTS): raise InputError('part of a body', f'one of {", ".join(PARTS)}', repr(part))
+    if unknown := set(parts) - set(PARTS): raise InputError('parts of a body', f'some of {", ".join(PARTS)}', ', '.join(sorted(unknown)))
     body, g = deepcopy(backbone), torch.Generator().manual_seed(seed)
-    for name, of in parts_of(body).items():
+    for name, part in parts_of(body).items():
         p, order = body.get_parameter(name), torch.randperm(body.get_parameter(name).numel(), generator=g)
-        if part in (None, of): p.data = p.data.flatten()[order].view_as(p)
+        if part in parts: p.data = p.data.flatten()[order].view_as(p)
     return body
 
 # %% ../nbs/components/backbones.ipynb #3627bcd8
@@ -406,7 +406,8 @@ def mimetic(
 
 # %% ../nbs/components/backbones.ipynb #6f3ce7ac
 CONTROLS = dict(permuted=permuted, moments=moments, random=reinitialised, rescaled=rescaled, mimetic=mimetic)
-CONTROLS |= {f'permuted-{part}': partial(permuted, part=part) for part in PARTS}
+CONTROLS |= {f'permuted-{part}': partial(permuted, parts=[part]) for part in PARTS}
+CONTROLS |= {f'permuted-but-{part}': partial(permuted, parts=[p for p in PARTS if p != part]) for part in PARTS}
 
 @dataclass(frozen=True)
 class Initialisation:

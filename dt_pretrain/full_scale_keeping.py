@@ -220,7 +220,9 @@ def add_kept(
 USUAL_RATE = 1e-4   # of learning
 _WEIGHTS = {
     'smollm2': 'language', 'smollm2-random': 'random', 'smollm2-permuted': 'language-permuted', 'smollm2-moments': 'language-moments',
-    'smollm2-rescaled': 'language-rescaled', **{f'smollm2-permuted-{part}': f'language, {part} permuted' for part in PARTS},
+    'smollm2-rescaled': 'language-rescaled',
+    **{f'smollm2-permuted-{part}': f'language, {part} permuted' for part in PARTS},
+    **{f'smollm2-permuted-but-{part}': f'language, all but {part} permuted' for part in PARTS},
 }
 
 # %% ../nbs/components/full_scale_keeping.ipynb #4c0960aa
