@@ -512,14 +512,14 @@ def parts_sentence(
 
 def parts_counted(
     runs: pd.DataFrame,   # from `taken_apart`
-) -> str:
-    "How many runs are out with each part in place, without it, and with nothing else in place."
-    def out(d): return f'{d.out.sum()} of {len(d)}'
-    alone = runs[list(PARTS)].sum(axis=1) == 1
-    def told(p):
-        by_itself = runs[runs[p] & alone]
-        return f'{_PART_NAMES[p]} {out(runs[runs[p]])} and {out(runs[~runs[p]])}' + f' ({out(by_itself)} with nothing else)' * bool(len(by_itself))
-    return '; '.join(map(told, PARTS))
+) -> pd.DataFrame:        # a row a part: of runs with it in place and of runs with it shuffled, how many are out; and of those with nothing else in place or shuffled
+    "Who is out of saturation, by what is in place."
+    def out(d): return f'{d.out.sum()} of {len(d)}' if len(d) else ''
+    there = runs[list(PARTS)].sum(axis=1)
+    return pd.DataFrame([{
+        'part': _PART_NAMES[p], 'in place': out(runs[runs[p]]), 'shuffled': out(runs[~runs[p]]),
+        'alone in place': out(runs[runs[p] & (there == 1)]), 'alone shuffled': out(runs[~runs[p] & (there == len(PARTS) - 1)]),
+    } for p in PARTS])
 
 # %% ../nbs/components/full_scale.ipynb #fe87ddef
 def context_sentence(
