@@ -501,14 +501,11 @@ _PART_NAMES = dict(attention='attention', mlp='the MLPs', norms='the norms')
 def parts_sentence(
     runs: pd.DataFrame,   # from `taken_apart`
 ) -> str:                 # empty if nothing was taken apart, or none got out
-    "Which parts must be in place for a language model to leave the tied head's saturation, and which need not."
+    "Without which parts in place some language models leave the tied head's saturation, and without which none does."
     if not runs.out.any(): return ''
-    def named(parts): return ' and '.join(_PART_NAMES[p] for p in parts)
-    without = {p: runs.out[~runs[p]].any() for p in PARTS}
-    needed, spared = ([p for p in PARTS if without[p] == out] for out in (False, True))
-    said = [f'{named(needed)} must be in place, as no run without {"got" if len(needed) == 1 else "either got"} out'] * bool(needed)
-    said += [f'{named(spared)} need not be, as some got out without'] * bool(spared)
-    return f"Of the language model's parts {'; '.join(said)} ({runs.step.max():,} updates, {counted(runs.seed.nunique())})."
+    some = {p: runs.out[~runs[p]].any() for p in PARTS}
+    said = ', '.join(f"{'some' if some[p] else 'none'} without {_PART_NAMES[p]}" for p in sorted(PARTS, key=some.get))
+    return f'Of language models with parts shuffled got out {said} in place ({runs.step.max():,} updates, {counted(runs.seed.nunique())}).'
 
 def parts_counted(
     runs: pd.DataFrame,   # from `taken_apart`
