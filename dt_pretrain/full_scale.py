@@ -503,9 +503,11 @@ def parts_sentence(
 ) -> str:                 # empty if nothing was taken apart, or none got out
     "Without which parts in place some language models leave the tied head's saturation, and without which none does."
     if not runs.out.any(): return ''
-    some = {p: runs.out[~runs[p]].any() for p in PARTS}
-    said = ', '.join(f"{'some' if some[p] else 'none'} without {_PART_NAMES[p]}" for p in sorted(PARTS, key=some.get))
-    return f'Of language models with parts shuffled got out {said} in place ({runs.step.max():,} updates, {counted(runs.seed.nunique())}).'
+    def without(parts): return ' or without '.join(_PART_NAMES[p] for p in parts)
+    needed, spared = ([p for p in PARTS if runs.out[~runs[p]].any() == out] for out in (False, True))
+    said = [f'none got out without {without(needed)} in place'] * bool(needed)
+    said += [f'some {"did" if needed else "got out"} without {without(spared)}'] * bool(spared)
+    return f'Of language models with parts shuffled {"; ".join(said)} ({runs.step.max():,} updates, {counted(runs.seed.nunique())}).'
 
 def parts_counted(
     runs: pd.DataFrame,   # from `taken_apart`
