@@ -5,8 +5,8 @@ __all__ = ['ADAPTERS', 'SHIPPED', 'HUB', 'PARTS', 'CONTROLS', 'Adapter', 'regist
            'without_embeddings', 'blocks', 'site', 'Architecture', 'from_config', 'random_gpt2', 'record', 'in_mode',
            'attention_weights', 'shipped_names', 'card', 'locate', 'check_source', 'read_config', 'load_pretrained',
            'in_gpt2_blocks', 'parts_of', 'permuted', 'moments', 'reinitialised', 'rescaled', 'mimetic',
-           'Initialisation', 'parse_initialisation', 'is_pretrained', 'load_backbone', 'weights_hash', 'describe',
-           'transplant', 'fast_bfloat16', 'mixed_precision', 'weight_per_block', 'initialisation_table']
+           'Initialisation', 'parse_initialisation', 'is_pretrained', 'on_hub', 'load_backbone', 'weights_hash',
+           'describe', 'transplant', 'fast_bfloat16', 'mixed_precision', 'weight_per_block', 'initialisation_table']
 
 # %% ../nbs/components/backbones.ipynb #251b080c
 import difflib, hashlib, importlib.util, json, re
@@ -252,7 +252,6 @@ def check_source(
 ):
     "Raise InputError for weights that are not there, as far as can be said without asking the hub."
     at = locate(source, scale, revision)
-    if revision and at.get('revision') is None: raise InputError('revision', f'none: {_where(at)} is not on a hub', repr(revision))
     if 'gguf_file' in at: return _check_gguf(Path(_where(at)))
     if scale == 'hub' and source in shipped_names() and source not in HUB: raise InputError('initialisation', f'weights of the size of {" and ".join(HUB.values())}: {", ".join(HUB)}, an id on the hub or a folder', f'{source!r}, which is there for the presets smoke and mini alone')
     if Path(name := at['pretrained_model_name_or_path']).exists(): return
@@ -344,7 +343,7 @@ def parts_of(
 def permuted(
     backbone: PreTrainedModel,
     seed: int = 0,
-    parts=PARTS,       # whose tensors are shuffled; each comes out as when all are
+    parts=PARTS,       # names of parts; whose tensors are shuffled, each as when all are
 ) -> PreTrainedModel:  # a new one
     "Shuffle the values inside each tensor."
     if unknown := set(parts) - set(PARTS): raise InputError('parts of a body', f'some of {", ".join(PARTS)}', ', '.join(sorted(unknown)))
@@ -422,6 +421,9 @@ class Initialisation:
     @property
     def pretrained(self): return self.source != 'random' and self.control not in ('random', 'mimetic')
 
+    @property
+    def shuffled(self): return bool(self.control) and self.control.startswith('permuted')
+
 def parse_initialisation(
     name: str,
 ) -> Initialisation:
@@ -439,6 +441,16 @@ def is_pretrained(
 ) -> bool:
     "Whether an initialisation's numbers come from an earlier training, in place or not."
     return parse_initialisation(initialisation).pretrained
+
+def on_hub(
+    initialisation: str,
+    scale: str = 'mini',
+) -> bool:
+    "Whether weights come from the hub, where they can have a revision."
+    i = parse_initialisation(initialisation)
+    if not i.brings_architecture: return False
+    at = locate(i.source, scale)
+    return 'gguf_file' not in at and not Path(at['pretrained_model_name_or_path']).is_dir()
 
 def load_backbone(
     initialisation: str = 'random',  # a name as above
@@ -519,7 +531,7 @@ def initialisation_table() -> pd.DataFrame:
         known = card(i.source) if i.source in shipped_names() else None
         knows = known['held_out_bits'] if known and not (i.control or i.in_gpt2) else dict(model=None, unigram=None)
         trained = known['source'] if known else 'nothing'
-        rows.append({'initialisation': name, 'trained on': f'{i.source}, {"then shuffled" if i.control == "permuted" else "then redrawn" if i.control else "in the wrong blocks"}' if known and (i.control or i.in_gpt2) else re.sub(r' \d+(\.\d+){2,}(\+cpu)?(?=,|$)', '', trained),
+        rows.append({'initialisation': name, 'trained on': f'{i.source}, {"then shuffled" if i.shuffled else "then redrawn" if i.control else "in the wrong blocks"}' if known and (i.control or i.in_gpt2) else re.sub(r' \d+(\.\d+){2,}(\+cpu)?(?=,|$)', '', trained),
                      'architecture': f'{body.config.model_type} {body.config.num_hidden_layers}x{body.config.hidden_size}', 'parameters': f'{sum(p.numel() for p in body.parameters()):,}',
                      'bits': knows['model'], 'unigram': knows['unigram'], 'weight': ' '.join(f'{v:.3f}' for v in weight_per_block(body))})
     return pd.DataFrame(rows)

@@ -320,7 +320,7 @@ def _check_same(run, progress):
 def _copied(name):
     "Whether weights are read from a file; what is computed may differ in the last digit between processors."
     i = parse_initialisation(name)
-    return i.brings_architecture and i.control in (None, 'permuted')
+    return i.brings_architecture and (i.control is None or i.shuffled)
 
 # %% ../nbs/components/finetuning.ipynb #585c66c9
 def _about(config, backbone):

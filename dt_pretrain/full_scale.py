@@ -6,7 +6,7 @@ __all__ = ['COMPARED', 'HEADS', 'LENGTHS', 'OUT', 'DONORS', 'SQUARE', 'SMOLLM2_A
            'by_arm_text', 'better_text', 'verdicts_by_length', 'verdict_table', 'supported_text', 'single_seeds_text',
            'who_is_ahead', 'by_head_text', 'warmup_text', 'catching_up', 'when_reached', 'tasks_compared',
            'blocks_compared', 'blocks_text', 'size_effects', 'size_sentence', 'rates_tried', 'best_rates',
-           'at_best_rates', 'rates_sentence', 'saturation_sentence', 'taken_apart', 'parts_sentence', 'parts_counted',
+           'at_best_rates', 'rates_sentence', 'saturation_sentence', 'taken_apart', 'parts_sentence',
            'context_sentence', 'made_twice']
 
 # %% ../nbs/components/full_scale.ipynb #5612366b
@@ -500,25 +500,15 @@ _PART_NAMES = dict(attention='attention', mlp='the MLPs', norms='the norms')
 
 def parts_sentence(
     runs: pd.DataFrame,   # from `taken_apart`
-) -> str:                 # empty if nothing was taken apart, or none got out
-    "Without which parts in place some language models leave the tied head's saturation, and without which none does."
-    if not runs.out.any(): return ''
-    def without(parts): return ' or without '.join(_PART_NAMES[p] for p in parts)
-    needed, spared = ([p for p in PARTS if runs.out[~runs[p]].any() == out] for out in (False, True))
-    said = [f'none got out without {without(needed)} in place'] * bool(needed)
-    said += [f'some {"did" if needed else "got out"} without {without(spared)}'] * bool(spared)
-    return f'Of language models with parts shuffled {"; ".join(said)} ({runs.step.max():,} updates, {counted(runs.seed.nunique())}).'
-
-def parts_counted(
-    runs: pd.DataFrame,   # from `taken_apart`
-) -> pd.DataFrame:        # a row a part: of runs with it in place and of runs with it shuffled, how many are out; and of those with nothing else in place or shuffled
-    "Who is out of saturation, by what is in place."
-    def out(d): return f'{d.out.sum()} of {len(d)}' if len(d) else ''
-    there = runs[list(PARTS)].sum(axis=1)
-    return pd.DataFrame([{
-        'part': _PART_NAMES[p], 'in place': out(runs[runs[p]]), 'shuffled': out(runs[~runs[p]]),
-        'alone in place': out(runs[runs[p] & (there == 1)]), 'alone shuffled': out(runs[~runs[p] & (there == len(PARTS) - 1)]),
-    } for p in PARTS])
+) -> str:                 # empty if nothing was taken apart
+    "How many language models leave the tied head's saturation with which parts shuffled, and how many learn."
+    some = runs[runs[[*PARTS]].any(axis=1) & ~runs[[*PARTS]].all(axis=1)]
+    if not len(some): return ''
+    def told(d): return ' and '.join(name for p, name in _PART_NAMES.items() if not d[p].iloc[0]) + f' {d.out.sum()} of {len(d)}'
+    ends = some[some.out]
+    better = f"; of these {len(ends)} end below a constant guess {(ends.held_out_error < ends.constant_error).sum()}" * bool(len(ends))
+    return (f"Language models with parts shuffled get out, by what is shuffled: {', '.join(told(d) for _, d in some.groupby('arm', sort=False))}"
+            f"{better} ({runs.step.max():,} updates, {counted(runs.seed.nunique())}).")
 
 # %% ../nbs/components/full_scale.ipynb #fe87ddef
 def context_sentence(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from fastcore.basics import patch
 
-from .backbones import Architecture, parse_initialisation
+from .backbones import Architecture, on_hub, parse_initialisation
 from .decision_transformer import HEADS
 from .tasks import InputError, check_type, get_task
 
@@ -171,6 +171,9 @@ def make_config(
     check_config(config)
     if given := [k for k in _SHAPE if values.get(k) is not None and parse_initialisation(config.initialisation).brings_architecture]:
         raise InputError(f'{given[0]} with initialisation {config.initialisation!r}', 'none, because the weights bring their own', values[given[0]])
+    started = [n for n in (config.initialisation, config.donor) if n]
+    if config.revision and not any(on_hub(n, config.scale) for n in started):
+        raise InputError('revision', f'none, as {" and ".join(started)} {"is" if len(started) == 1 else "are"} not on a hub', repr(config.revision))
     return resolve(config)
 
 # %% ../nbs/components/setups.ipynb #ea67027b
