@@ -506,7 +506,8 @@ def parts_sentence(
     if not len(some): return ''
     def told(d): return ' and '.join(name for p, name in _PART_NAMES.items() if not d[p].iloc[0]) + f' {d.out.sum()} of {len(d)}'
     ends = some[some.out]
-    better = f"; of these {len(ends)} end below a constant guess {(ends.held_out_error < ends.constant_error).sum()}" * bool(len(ends))
+    learned = (ends.held_out_error < ends.constant_error).sum()
+    better = f"; {learned} of these {len(ends)} {'ends' if learned == 1 else 'end'} below a constant guess" * bool(len(ends))
     return (f"Language models with parts shuffled get out, by what is shuffled: {', '.join(told(d) for _, d in some.groupby('arm', sort=False))}"
             f"{better} ({runs.step.max():,} updates, {counted(runs.seed.nunique())}).")
 
