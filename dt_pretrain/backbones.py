@@ -343,7 +343,7 @@ def parts_of(
 def permuted(
     backbone: PreTrainedModel,
     seed: int = 0,
-    parts=PARTS,       # names of parts; whose tensors are shuffled, each as when all are
+    parts=PARTS,       # names of those that are shuffled; a tensor comes out as when all are
 ) -> PreTrainedModel:  # a new one
     "Shuffle the values inside each tensor."
     if unknown := set(parts) - set(PARTS): raise InputError('parts of a body', f'some of {", ".join(PARTS)}', ', '.join(sorted(unknown)))
