@@ -20,7 +20,8 @@ from .analysis.mutual_information import mutual_information
 from .analysis.parameter_change import parameter_change
 from .findings import CLAIMS, counted, judge, paired_difference, spell, two_seeds_text
 from .finetuning import default_device, load_data, load_model
-from .full_scale import COMPARED, SMOLLM2_ARMS
+from .full_scale import COMPARED
+from .full_scale_controls import SMOLLM2_ARMS
 from .full_scale_keeping import kept_folder, read_kept
 from .runs import Run
 from .setups import FinetuneConfig
