@@ -4,7 +4,7 @@
 __all__ = ['CLAIMS', 'KEPT', 'AS_PUBLISHED', 'VERDICTS', 'Claim', 'judge', 'paired_difference', 'runs_of', 'package_code',
            'remembered', 'measured', 'as_published', 'check_result', 'results_folder', 'write_result', 'read_results',
            'earlier_results', 'spell', 'counted', 'two_seeds_text', 'share_of_first_epoch', 'other_verdict', 'conclude',
-           'words']
+           'words', 'markdown_table']
 
 # %% ../nbs/components/findings.ipynb #5127add6
 import dis, hashlib, inspect, json, math, os
@@ -362,3 +362,11 @@ def words(
 
 </details>"""
 
+
+# %% ../nbs/components/findings.ipynb #a7041f63
+def markdown_table(
+    heading: list,     # a cell a column
+    rows: list[list],  # the same a row
+) -> str:
+    "A table in Markdown."
+    return '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in (heading, ['---'] * len(heading), *rows))
