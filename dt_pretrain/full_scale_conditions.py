@@ -172,19 +172,24 @@ def scores_over_training(
 # %% ../nbs/components/full_scale_conditions.ipynb #a79550ee
 def _apart(low, high, other_low, other_high): return (low > other_high) | (other_low > high)
 
-def _who_scores(points):
-    "Of language and random weights of a head and seed: at how many points either is ahead."
+def _who_scores(points, brief):
+    "Of language and random weights of a head and seed: at how many points either is ahead, and their best and last scores."
     d = points.pivot(index='step', columns='arm').reindex(columns=['language', 'random'], level=1)
     d = d[d.score.notna().all(axis=1)]
     if not len(d): return ''   # never at the same point
-    language, random = d.score.language, d.score.random
-    apart = _apart(d.low.language, d.high.language, d.low.random, d.high.random)
-    return (f"language weights have the higher score at {(language > random).sum()} of {len(d)} measurements and random ones at {(random > language).sum()} "
-            f"(intervals are apart at {apart.sum()}), language weights the lower error at {(d.held_out_error.language < d.held_out_error.random).sum()}")
+    ahead = d.score.language > d.score.random
+    counts = (f"language weights have the lower error at {(d.held_out_error.language < d.held_out_error.random).sum()} of {len(d)} measurements "
+              f"and the higher score at {ahead.sum()}")
+    if brief: return counts
+    apart = _apart(d.low.language, d.high.language, d.low.random, d.high.random).sum()
+    best, last = ([f'{s:.0f}' for s in (x.language, x.random)] for x in (d.score.max(), d.score.tail(3).mean()))
+    return (f"{counts} (intervals are apart at {apart}); the best score, which is what the paper reports, is {best[0]} against {best[1]} from random ones, "
+            f"the mean of the last three {last[0]} against {last[1]}")
 
 # %% ../nbs/components/full_scale_conditions.ipynb #a79550ef
 def scores_sentence(
     points: pd.DataFrame,  # from `scores_over_training`
+    brief: bool = False,   # only whether errors and scores order weights alike
 ) -> str:                  # empty if there are none
     "How far few episodes are off, how much scores move, and whether errors and scores order language and random weights alike."
     if not len(points): return ''
@@ -195,9 +200,9 @@ def scores_sentence(
     apart = _apart(points.low, points.high, by_run.low.shift(), by_run.high.shift()).sum()
     said = (f"Scores of {few} differ from those of {many} by {off.median():.1f} in the median and {off.max():.1f} at most ({len(points)} measurements of {counted(points.run.nunique(), 'run')}). "
             f"From one measurement to the next scores of {many} move by {moves.median():.1f} in the median and {moves.max():.1f} at most; the two intervals are apart in {apart} of {len(moves)}.")
-    pairs = {f'with {HEADS[h]}, seed {s}': _who_scores(d) for (h, s), d in points.groupby(['head', 'seed']) if {'language', 'random'} <= set(d.arm)}
-    told = '; '.join(f'{where}, {who}' for where, who in pairs.items() if who)
-    return f'{said} By these, {told}.' if told else said
+    pairs = {f'With {HEADS[h]}, seed {s}': _who_scores(d, brief) for (h, s), d in points.groupby(['head', 'seed']) if {'language', 'random'} <= set(d.arm)}
+    told = [f'{where}, {who}.' for where, who in pairs.items() if who]
+    return ' '.join(told if brief else [said, *told])
 
 # %% ../nbs/components/full_scale_conditions.ipynb #bb5c5e5d
 def tasks_compared(
