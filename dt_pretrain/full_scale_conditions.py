@@ -13,7 +13,7 @@ import pandas as pd
 
 from .analysis.learning_curves import area_under_curve, time_to_reach
 from .findings import counted, paired_difference, two_seeds_text
-from .full_scale import HEADS, advantage, compared, conditions_of, long_enough, spell_advantage
+from .full_scale import HEADS, advantage, compared, conditions_of, last_scores, long_enough, spell_advantage
 from .full_scale_keeping import USUAL_RATE, kept_folder, kept_tasks, read_kept
 from .setups import PRESETS
 from .statistics import t_interval
@@ -211,7 +211,7 @@ def tasks_compared(
     head: str = 'linear',
     least: int = 400,            # updates that a run must have to count
     folder: Path | None = None,  # `kept_folder()` by default
-) -> pd.DataFrame:               # a row a task: `constant`, errors and scores of both arms at the end, `effect` as from `advantage`, the same `after_start` (without the error before any training), `seeds`, `updates`, `products` as from `conditions_of`
+) -> pd.DataFrame:               # a row a task: `constant`, `error` and `score` of both arms at the end, this as from `last_scores`, `effect` as from `advantage`, the same `after_start` (without the error before any training), `seeds`, `updates`, `products` as from `conditions_of`
     "Two arms in all tasks."
     rows = []
     for task in kept_tasks(folder):
@@ -220,7 +220,7 @@ def tasks_compared(
         except InputError: continue   # not run in this task
         (effect, updates), (later, _) = (advantage(metrics, head, of, over, least, since) for since in (0, 1))
         at_end = metrics[metrics.run.isin(runs.run) & (metrics.step == updates)].groupby('arm').mean(numeric_only=True)
-        ends = {f'{name} {a}': at_end[column][a] for name, column in (('error', 'held_out_error'), ('score', 'score_mean')) for a in (of, over)}
+        ends = {f'{name} {a}': by_arm[a] for name, by_arm in dict(error=at_end.held_out_error, score=last_scores(metrics, runs)).items() for a in (of, over)}
         rows.append(dict(task=task, constant=at_end.constant_error[of], **ends, effect=effect, after_start=later,
                          seeds=effect[3], updates=updates, products=conditions_of(runs, [of, over])))
     return pd.DataFrame(rows)
