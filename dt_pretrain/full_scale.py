@@ -206,6 +206,7 @@ def supported_text(
     metrics: pd.DataFrame,  # from `read_kept`
     head: str,
     verdict: dict,          # from `full_scale_verdict`
+    brief: bool = False,    # only what it hangs on
 ) -> str:                   # empty unless that is *supported*
     "What a verdict of *supported* rests on: seeds, each of them, and runs that learned."
     if verdict['verdict'] != 'supported': return ''
@@ -221,6 +222,7 @@ def supported_text(
         who = '' if set(seeds) != learned else ', those that learned,' if first else ', the one that learned,'
         return f'Without {these}{who} the rule would say *{verdict}*.'
     hangs = ' '.join(hanging(*t) for t in turned.items()) or 'It would stand without any one of them.'
+    if brief: return hangs
     seen = ', the later ones added while results were seen' * (head == 'tied' and updates == LENGTHS[-1])   # as its page tells
     return (f"*Supported* with {HEADS[head]} over {updates:,} updates rests on {counted(verdict['seeds'])}{seen}. {hangs} "
             f"With a lower error than a constant guess end {verdict['better']['language']} of these language models and {verdict['better']['random']} of the random ones.")
