@@ -23,21 +23,41 @@ def code_cells(path):
     return [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
 
 
+def words(outputs):
+    "What outputs say, but for words with digits in them, which differ from machine to machine, for pictures and for warnings."
+    kinds = "text/markdown", "text/html", "text/plain"
+    said = [o["text"] if o["output_type"] == "stream" else next((o["data"][k] for k in kinds if k in o["data"]), "")
+            for o in outputs if o["output_type"] in ("display_data", "execute_result") or o.get("name") == "stdout"]
+    text = re.sub(r"<[^>]*>|[\w.,+-]*\d[\w.,+-]*", " ", " ".join("".join(x) for x in said))
+    return re.sub(r"[\s-]+", " ", text).strip()
+
+
 def run_notebook(path, said, tmp):
-    "What `nbdev_test` does with a notebook; what it makes with `tempfile` lies in `tmp`."
+    "What `nbdev_test` does with a notebook, which must also put out what is stored in it; what it makes with `tempfile` lies in `tmp`."
     os.environ["TMPDIR"], tempfile.tempdir = tmp, None
+    from nbdev import test
     from nbdev.config import get_config
-    from nbdev.test import test_nb
+    stale = []
+
+    class Shell(test.CaptureShell):
+        def cell(self, cell, **kwargs):
+            stored, cell["outputs"] = cell.get("outputs", []), []
+            super().cell(cell, **kwargs)
+            if words(stored) != words(cell["outputs"]) and "varies" not in cell.metadata.get("tags", []):
+                stale.append(f"cell {cell.id} has stored:\n{words(stored)}\nand says:\n{words(cell['outputs'])}")
+
+    test.CaptureShell = Shell
     os.chdir(TOP)
     sys.stderr = said.open("w", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
-    passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=TOP)
-    os._exit(0 if passed else 1)
+    passed, _ = test.test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=TOP)
+    sys.stderr.write("\n\n".join(stale))
+    os._exit(0 if passed and not stale else 1)
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name in ("components", "guides")], ids=name)
 def test_notebook_runs(path, tmp_path):
-    "Every cell of a component or guide runs: its examples and its tests."
+    "Every cell of a component or guide runs, its examples and its tests, and says what is stored (but for words with digits; a cell with the tag `varies` may say something else)."
     with tempfile.TemporaryDirectory(prefix="nb-", ignore_cleanup_errors=True) as tmp:   # not in tmp_path: names of sockets in it must be short
         process = processes.Process(target=run_notebook, args=(path, tmp_path / "said", tmp))
         process.start()
@@ -54,6 +74,24 @@ def test_what_a_notebook_leaves_behind_is_removed(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), tmp_path / "page.ipynb")
     test_notebook_runs(tmp_path / "page.ipynb", tmp_path)
     assert Path((tmp_path / "where").read_text()).name and not Path((tmp_path / "where").read_text()).exists()
+
+
+def notebook_with(tmp_path, code, stored, tags=()):
+    output = nbformat.v4.new_output("stream", name="stdout", text=stored)
+    cell = nbformat.v4.new_code_cell(code, outputs=[output], metadata={"tags": list(tags)})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "page.ipynb")
+    return tmp_path / "page.ipynb"
+
+
+@pytest.mark.parametrize(("code", "stored"), [("print('two runs, 0.52')", "one run, 0.52"), ("1;", "it said something"), ("print('new')", "")])
+def test_stale_outputs_are_told(tmp_path, code, stored):
+    with pytest.raises(AssertionError, match="has stored:"):
+        test_notebook_runs(notebook_with(tmp_path, code, stored), tmp_path)
+    test_notebook_runs(notebook_with(tmp_path, code, stored, ["varies"]), tmp_path)
+
+
+def test_numbers_may_differ(tmp_path):
+    test_notebook_runs(notebook_with(tmp_path, "print('error -0.52, 3e-05')", "error 0.5, 31"), tmp_path)
 
 
 def files(folder, pattern):
