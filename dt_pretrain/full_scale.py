@@ -198,7 +198,7 @@ def verdict_table(
     heading = ['head, updates', 'verdict', 'ahead of random by', 'in seeds', *(a.removeprefix('language-') for a in COMPARED)]
     guess = {f"{v['constant']:.2f}" for vs in verdicts.values() for v in vs}
     return (markdown_table(heading, rows) + "\n\n*Ahead*: how much lower the error, averaged over training, is from language weights than from random ones (negative: higher), "
-            "with its 95 % interval, and in how many seeds. Under the weights' names: error at the end (in brackets the score, mean of the last three measurements), means over seeds. "
+            f"with its 95 % interval, and in how many seeds. Under the weights' names: error at the end (in brackets the score, mean of the last {SCORED} measurements of ten episodes), means over seeds. "
             f"A constant guess has an error of {' or '.join(sorted(guess))}.")
 
 # %% ../nbs/components/full_scale.ipynb #674dd4a8
@@ -206,7 +206,7 @@ def supported_text(
     metrics: pd.DataFrame,  # from `read_kept`
     head: str,
     verdict: dict,          # from `full_scale_verdict`
-    brief: bool = False,    # only what it hangs on
+    brief: bool = False,    # without how many learned
 ) -> str:                   # empty unless that is *supported*
     "What a verdict of *supported* rests on: seeds, each of them, and runs that learned."
     if verdict['verdict'] != 'supported': return ''
@@ -216,16 +216,15 @@ def supported_text(
     learned = set(runs.seed[(runs.arm == 'language') & (runs.error < runs.constant_error)])
     without = {s: full_scale_verdict(there[there.seed != s], head, updates)['verdict'] for s in sorted(runs.seed.unique())}
     turned = {v: [s for s, w in without.items() if w == v] for v in sorted(set(without.values()) - {'supported'})}
-    def hanging(verdict, seeds):
+    def hanging(otherwise, seeds):
         *first, last = map(str, seeds)
         these = f"seed {', '.join(first)}{' or ' * bool(first)}{last}"
         who = '' if set(seeds) != learned else ', those that learned,' if first else ', the one that learned,'
-        return f'Without {these}{who} the rule would say *{verdict}*.'
+        return f'Without {these}{who} the rule would say *{otherwise}*.'
     hangs = ' '.join(hanging(*t) for t in turned.items()) or 'It would stand without any one of them.'
-    if brief: return hangs
     seen = ', the later ones added while results were seen' * (head == 'tied' and updates == LENGTHS[-1])   # as its page tells
-    return (f"*Supported* with {HEADS[head]} over {updates:,} updates rests on {counted(verdict['seeds'])}{seen}. {hangs} "
-            f"With a lower error than a constant guess end {verdict['better']['language']} of these language models and {verdict['better']['random']} of the random ones.")
+    rests = f"*Supported* with {HEADS[head]} over {updates:,} updates rests on {counted(verdict['seeds'])}{seen}. {hangs}"
+    return rests if brief else (f"{rests} With a lower error than a constant guess end {verdict['better']['language']} of these language models and {verdict['better']['random']} of the random ones.")
 
 # %% ../nbs/components/full_scale.ipynb #9eb3bb5f
 def single_seeds_text(
