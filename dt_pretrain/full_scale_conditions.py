@@ -61,8 +61,9 @@ def warmup_text(
     for head, words in HEADS.items():
         with suppress(InputError):
             effects[words], n = advantage(warmed, head, *pair, least)
-            areas = compared(warmed, head, pair, least).pivot(index='seed', columns='arm', values='area')
-            found.append(f'in {(areas.language > areas.random).sum()} of {counted(len(areas))} with {words}'); lengths.add(f'{n:,}')
+            runs = compared(warmed, head, pair, least).pivot(index='seed', columns='arm')
+            behind, at_end = ((runs[of].language > runs[of].random).sum() for of in ('area', 'error'))
+            found.append(f'in {behind} of {counted(len(runs))} with {words} (at the end in {at_end})'); lengths.add(f'{n:,}')
     if not found: return ''
     sure = [f'with {words} {who_is_ahead(e)}' for words, e in effects.items() if e[1] > 0 or e[2] < 0]
     return (f"With the paper's own warm-up, {' or '.join(sorted(lengths))} of its {PRESETS['paper']['warmup_steps']:,} updates, language weights are behind random ones, by the error averaged over training, "
