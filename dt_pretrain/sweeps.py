@@ -281,20 +281,25 @@ def unpack(
         with whole_file(path) as tmp: tmp.write_bytes(tar.extractfile(m).read())
 
 # %% ../nbs/components/sweeps.ipynb #fce2ac3c
-def _on_worker(config, source, cwd, runs_dir, token, packed, parameters):
-    "One run, on a worker: its error, and its packed folder unless that is where it belongs already."
+def _on_worker(config, source, cwd, runs_dir, token, sent, parameters):
+    "One run, on a worker: its error, and, unless its folder is where it belongs already, that folder, packed, and the machine and path where it lies."
     shared = (Path(runs_dir) / token).exists()
     folder = Path(runs_dir) if shared else user_cache_path('dt_pretrain') / 'runs'
     with tempfile.TemporaryDirectory() as tmp:
         notebook = Path(tmp) / 'finetune.ipynb'; notebook.write_text(source, encoding='utf-8')
         job = Job(make_config(**config), notebook, folder, cwd if Path(cwd).is_dir() else tmp, **parameters)
-        if packed and not job.run.path.exists(): unpack(packed, job.run.path)
+        if sent and not job.run.in_use(): _unpack_newer(*sent, job)
         while not (job.done or job.start()): time.sleep(1)
         error = None if job.done else _finish(job)
-    if shared: return error, None
-    result = error, pack(job.run.path)
-    shutil.rmtree(job.run.path)
-    return result
+    if shared: return error, None, None
+    import ray
+    return error, pack(job.run.path), (ray.get_runtime_context().get_node_id(), str(job.run.path))
+
+def _unpack_newer(steps, packed, job):
+    "A run that was sent, unless a copy of it lies here that has as many steps: one that could not be brought back."
+    if (job.run.path / 'manifest.json').exists() and _steps(job) >= steps: return
+    shutil.rmtree(job.run.path, ignore_errors=True)
+    unpack(packed, job.run.path)
 
 def _finish(job):
     "Wait until a job ends; if we are cancelled before, stop it."
@@ -324,8 +329,8 @@ def on_ray(
             send, task = not _seen_everywhere(ray, token), ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries)(_on_worker)
             for j in todo:
                 take_over(j.config, j.run.path)
-                packed = pack(j.run.path) if send and j.run.path.exists() else None
-                refs[task.remote(plain(j.config), j.notebook.read_text(encoding='utf-8'), str(j.cwd or j.notebook.resolve().parent), str(j.runs_dir), token.name, packed, j.parameters | ({} if gpus else dict(device='cpu')))] = j
+                sent = (_steps(j), pack(j.run.path)) if send and j.run.path.exists() else None
+                refs[task.remote(plain(j.config), j.notebook.read_text(encoding='utf-8'), str(j.cwd or j.notebook.resolve().parent), str(j.runs_dir), token.name, sent, j.parameters | ({} if gpus else dict(device='cpu')))] = j
             while refs:
                 ended, _ = ray.wait(list(refs), num_returns=len(refs), timeout=1)
                 yield [_outcome(ray, ref, refs.pop(ref)) for ref in ended]
@@ -349,18 +354,22 @@ def _check_gpus(ray, gpus):
 
 def _seen_everywhere(ray, path):
     "Whether all machines see a file."
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
-    look = ray.remote(num_cpus=0)(os.path.exists)
-    return all(ray.get([look.options(scheduling_strategy=On(n['NodeID'], soft=True)).remote(str(path)) for n in ray.nodes() if n['Alive']]))
+    return all(ray.get([_at(ray, n['NodeID'], True, os.path.exists, str(path)) for n in ray.nodes() if n['Alive']]))
+
+def _at(ray, node, soft, does, *args):
+    "Call something on one machine; if that is gone, on another (`soft`) or not at all."
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    return ray.remote(num_cpus=0)(does).options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft)).remote(*args)
 
 # %% ../nbs/components/sweeps.ipynb #f6a6d668
 def _outcome(ray, ref, job):
-    "A job and its error; what came back through Ray is unpacked."
-    try: error, packed = ray.get(ref)
-    except ray.exceptions.RayError as e: error, packed = job.fail(last_error(str(e))), None
+    "A job and its error; what came back through Ray is unpacked, then the worker's copy deleted."
+    try: error, packed, lies = ray.get(ref)
+    except ray.exceptions.RayError as e: error, packed, lies = job.fail(last_error(str(e))), None, None
     try:
         if packed and not job.done:
             with open_run(job.config, job.runs_dir, wait=60) as run: unpack(packed, run.path)
+        if lies: ray.wait([_at(ray, lies[0], False, shutil.rmtree, lies[1], True)], timeout=10)   # errors are ignored
     except (InputError, OSError) as e: error = job.fail(f'{type(e).__name__}: {e}')   # somebody works on the run, or it cannot be written; the others go on
     if not error: (job.run.path / 'error.txt').unlink(missing_ok=True)   # of an earlier attempt
     return job, error

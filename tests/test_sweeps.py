@@ -1,10 +1,12 @@
 "Sweeps on this machine and on a cluster whose machines die; what is left when somebody stops them."
+import errno
 import importlib.util
 import os
 import shutil
 import signal
 import sys
 import time
+from unittest import mock
 
 import psutil
 import pytest
@@ -14,10 +16,11 @@ from soak import processes
 from dt_pretrain.backbones import SHIPPED
 from dt_pretrain.cli import main
 from dt_pretrain.collection import collected, load_trajectories
+from dt_pretrain.finetuning import finetune
 from dt_pretrain.report import all_runs
 from dt_pretrain.runs import Run, find_runs, runs_folder
 from dt_pretrain.setups import make_config
-from dt_pretrain.sweeps import Job, check_sources, estimates, finished_runs, here, local, on_ray, read_sweep, run_sweep, sweep_status
+from dt_pretrain.sweeps import Job, _unpack_newer, check_sources, estimates, finished_runs, here, local, on_ray, pack, read_sweep, run_sweep, sweep_status
 from dt_pretrain.tasks import InputError
 from dt_pretrain.trajectories import write_minari
 
@@ -93,7 +96,6 @@ def test_a_sweep_that_is_stopped_can_go_on_and_leaves_no_process(sweep, tmp_path
 
 def test_a_sweep_in_pieces_without_notebooks_ends_the_same(sweep, tmp_path):
     "Two seconds at a time, an epoch of each run in turn, as on a machine that is lent."
-    from dt_pretrain.finetuning import finetune
     path, configs = sweep(steps=250, seeds=2)
     args = "sweep", path, "--preset", "smoke", "--runs-dir", tmp_path / "runs", "--engine", "here", "--stride", "1"
     seen, minutes = [], 0.04
@@ -157,7 +159,6 @@ def test_a_run_that_was_taken_a_moment_ago_is_waited_for(sweep, tmp_path, notebo
 
 
 def test_status_and_plan(sweep, tmp_path, cli, capsys):
-    from dt_pretrain.finetuning import finetune
     path, configs = sweep(seeds=3)
     finetune(configs[0], tmp_path / "runs", progress=False)
     failed = Job(configs[1], "", tmp_path / "runs")
@@ -193,7 +194,6 @@ def test_a_report_asks_for_no_weights_that_its_preset_does_not_have(top, tmp_pat
 
 
 def test_weights_and_donors_that_are_gone_are_missed_by_runs_to_come_alone(tmp_path):
-    from dt_pretrain.finetuning import finetune
     collected("hopper-medium", 3000, progress=False)
     at = shutil.copytree(SHIPPED / "synthetic-iid", tmp_path / "weights")
     first, second = (make_config("smoke", initialisation=str(at), seed=s) for s in (0, 1))
@@ -232,12 +232,16 @@ ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the ex
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(tmp_path_factory):
     "A Ray cluster of two machines on this one, with room for one run each."
     import ray
     from ray.cluster_utils import Cluster
-    made = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, num_gpus=0, include_dashboard=False))
-    made.doomed = made.add_node(num_cpus=1, num_gpus=0)
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as env:   # workers have the environment in which their machine was started
+        env.setenv("XDG_CACHE_HOME", str(cache))
+        made = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, num_gpus=0, include_dashboard=False))
+        made.doomed = made.add_node(num_cpus=1, num_gpus=0)
+    made.copies = cache / "dt_pretrain/runs"
     ray.init(address=made.address, log_to_driver=False, logging_level="error")
     made.wait_for_nodes()
     yield made
@@ -264,17 +268,46 @@ def test_a_machine_of_the_cluster_dies(cluster, sweep, tmp_path, notebook):
 
 
 @ray
-def test_results_come_back_where_no_folder_is_shared(cluster, sweep, tmp_path, notebook, monkeypatch):
-    from dt_pretrain.finetuning import finetune
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_results_come_back_where_no_folder_is_shared(cluster, sweep, tmp_path, notebook):
     _, configs = sweep(seeds=1)
     (job,), ended = [Job(c, notebook, tmp_path / "runs") for c in configs], []
     for news in on_ray(shared=False)([job]):
         ended += news
     assert ended == [(job, None)] and job.done
+    assert cluster.copies.exists() and not list(cluster.copies.glob("*/*/manifest.json"))   # the worker's is deleted
     alone = finetune(configs[0], tmp_path / "alone", device="cpu", progress=False)
     assert job.run.metrics.equals(alone.metrics)
     assert all(job.run.checkpoint_path(e).read_bytes() == alone.checkpoint_path(e).read_bytes() for e in range(4))
+
+
+@ray
+def test_a_worker_keeps_what_could_not_be_brought_back(cluster, sweep, tmp_path, notebook, monkeypatch):
+    _, configs = sweep(steps=4, seeds=1)
+    def swept():
+        (job,) = [Job(c, notebook, tmp_path / "runs") for c in configs]
+        return job, [error for news in on_ray(shared=False)([job]) for _, error in news]
+    with monkeypatch.context() as full:
+        full.setattr("dt_pretrain.sweeps.unpack", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        job, (error,) = swept()
+    assert "No space left" in error and not job.done
+    (copy,) = cluster.copies.glob("*/*/manifest.json")
+    job, errors = swept()
+    assert errors == [None] and job.done and job.run.manifest["starts"] == 1 and not copy.exists()   # found trained
+
+
+def test_a_worker_goes_on_with_whichever_copy_has_more_steps(sweep, tmp_path, notebook):
+    _, (config,) = sweep(steps=4, seeds=1)
+    ours, theirs = (Job(config, notebook, tmp_path / name) for name in ("ours", "theirs"))
+    finetune(config, tmp_path / "ours", device="cpu", progress=False, until=1)
+    behind = (4, pack(ours.run.path))
+    _unpack_newer(*behind, theirs)
+    assert theirs.run.last_epoch == 1
+    (theirs.run.path / "resume/stopped.safetensors").touch()
+    finetune(config, tmp_path / "ours", device="cpu", progress=False, until=2)
+    _unpack_newer(8, pack(ours.run.path), theirs)
+    assert theirs.run.last_epoch == 2 and not (theirs.run.path / "resume/stopped.safetensors").exists()   # nothing of the older is left
+    _unpack_newer(*behind, theirs)
+    assert theirs.run.last_epoch == 2
 
 
 @ray
