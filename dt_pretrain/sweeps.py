@@ -282,24 +282,28 @@ def unpack(
 
 # %% ../nbs/components/sweeps.ipynb #fce2ac3c
 def _on_worker(config, source, cwd, runs_dir, token, sent, parameters):
-    "One run, on a worker: its error, and, unless its folder is where it belongs already, that folder, packed, and the machine and path where it lies."
+    "One run, on a worker: its error; and, unless its folder is where it belongs already, that folder, packed, and machine and path of the file that keeps it."
     shared = (Path(runs_dir) / token).exists()
     folder = Path(runs_dir) if shared else user_cache_path('dt_pretrain') / 'runs'
     with tempfile.TemporaryDirectory() as tmp:
         notebook = Path(tmp) / 'finetune.ipynb'; notebook.write_text(source, encoding='utf-8')
         job = Job(make_config(**config), notebook, folder, cwd if Path(cwd).is_dir() else tmp, **parameters)
-        if sent and not job.run.in_use(): _unpack_newer(*sent, job)
+        left = list(job.run.path.parent.glob(f'{job.run.path.name}.*.tar'))
+        if (sent or left) and not job.run.path.exists(): unpack(_furthest(sent, left), job.run.path)
         while not (job.done or job.start()): time.sleep(1)
         error = None if job.done else _finish(job)
     if shared: return error, None, None
+    packed, keeps = pack(job.run.path), job.run.path.with_name(f'{job.run.path.name}.{_steps(job)}.{uuid.uuid4().hex}.tar')
+    with whole_file(keeps) as tmp: tmp.write_bytes(packed)
+    for old in left: old.unlink(missing_ok=True)
+    shutil.rmtree(job.run.path)
     import ray
-    return error, pack(job.run.path), (ray.get_runtime_context().get_node_id(), str(job.run.path))
+    return error, packed, (ray.get_runtime_context().get_node_id(), str(keeps))
 
-def _unpack_newer(steps, packed, job):
-    "A run that was sent, unless a copy of it lies here that has as many steps: one that could not be brought back."
-    if (job.run.path / 'manifest.json').exists() and _steps(job) >= steps: return
-    shutil.rmtree(job.run.path, ignore_errors=True)
-    unpack(packed, job.run.path)
+def _furthest(sent, left):
+    "Of the states of a run, one with its steps that was sent and files of an earlier sweep that never arrived, the packed one with most steps."
+    states = [(int(p.name.split('.')[-3]), p.read_bytes()) for p in left] + [sent] * bool(sent)
+    return max(states, key=lambda s: s[0])[1]
 
 def _finish(job):
     "Wait until a job ends; if we are cancelled before, stop it."
@@ -354,22 +358,22 @@ def _check_gpus(ray, gpus):
 
 def _seen_everywhere(ray, path):
     "Whether all machines see a file."
-    return all(ray.get([_at(ray, n['NodeID'], True, os.path.exists, str(path)) for n in ray.nodes() if n['Alive']]))
+    return all(ray.get([_at(ray, n['NodeID'], os.path.exists, str(path)) for n in ray.nodes() if n['Alive']]))
 
-def _at(ray, node, soft, does, *args):
+def _at(ray, node, does, *args, soft=True):
     "Call something on one machine; if that is gone, on another (`soft`) or not at all."
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     return ray.remote(num_cpus=0)(does).options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft)).remote(*args)
 
 # %% ../nbs/components/sweeps.ipynb #f6a6d668
 def _outcome(ray, ref, job):
-    "A job and its error; what came back through Ray is unpacked, then the worker's copy deleted."
-    try: error, packed, lies = ray.get(ref)
-    except ray.exceptions.RayError as e: error, packed, lies = job.fail(last_error(str(e))), None, None
+    "A job and its error; what came back through Ray is unpacked, then the worker's file deleted."
+    try: error, packed, keeps = ray.get(ref)
+    except ray.exceptions.RayError as e: error, packed, keeps = job.fail(last_error(str(e))), None, None
     try:
         if packed and not job.done:
             with open_run(job.config, job.runs_dir, wait=60) as run: unpack(packed, run.path)
-        if lies: ray.wait([_at(ray, lies[0], False, shutil.rmtree, lies[1], True)], timeout=10)   # errors are ignored
+        if keeps: ray.wait([_at(ray, keeps[0], Path.unlink, Path(keeps[1]), True, soft=False)], timeout=10)   # a file that stays is no harm
     except (InputError, OSError) as e: error = job.fail(f'{type(e).__name__}: {e}')   # somebody works on the run, or it cannot be written; the others go on
     if not error: (job.run.path / 'error.txt').unlink(missing_ok=True)   # of an earlier attempt
     return job, error

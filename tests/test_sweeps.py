@@ -20,7 +20,7 @@ from dt_pretrain.finetuning import finetune
 from dt_pretrain.report import all_runs
 from dt_pretrain.runs import Run, find_runs, runs_folder
 from dt_pretrain.setups import make_config
-from dt_pretrain.sweeps import Job, _unpack_newer, check_sources, estimates, finished_runs, here, local, on_ray, pack, read_sweep, run_sweep, sweep_status
+from dt_pretrain.sweeps import Job, _furthest, check_sources, estimates, finished_runs, here, local, on_ray, read_sweep, run_sweep, sweep_status
 from dt_pretrain.tasks import InputError
 from dt_pretrain.trajectories import write_minari
 
@@ -271,10 +271,11 @@ def test_a_machine_of_the_cluster_dies(cluster, sweep, tmp_path, notebook):
 def test_results_come_back_where_no_folder_is_shared(cluster, sweep, tmp_path, notebook):
     _, configs = sweep(seeds=1)
     (job,), ended = [Job(c, notebook, tmp_path / "runs") for c in configs], []
+    finetune(configs[0], tmp_path / "runs", device="cpu", progress=False, until=1)
     for news in on_ray(shared=False)([job]):
         ended += news
-    assert ended == [(job, None)] and job.done
-    assert cluster.copies.exists() and not list(cluster.copies.glob("*/*/manifest.json"))   # the worker's is deleted
+    assert ended == [(job, None)] and job.done and job.run.manifest["starts"] == 2   # it went on from what was sent
+    assert cluster.copies.exists() and not list(cluster.copies.glob("*/controlled*"))   # nothing is left on the worker
     alone = finetune(configs[0], tmp_path / "alone", device="cpu", progress=False)
     assert job.run.metrics.equals(alone.metrics)
     assert all(job.run.checkpoint_path(e).read_bytes() == alone.checkpoint_path(e).read_bytes() for e in range(4))
@@ -290,24 +291,18 @@ def test_a_worker_keeps_what_could_not_be_brought_back(cluster, sweep, tmp_path,
         full.setattr("dt_pretrain.sweeps.unpack", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
         job, (error,) = swept()
     assert "No space left" in error and not job.done
-    (copy,) = cluster.copies.glob("*/*/manifest.json")
+    (keeps,) = cluster.copies.glob("*/controlled*")
     job, errors = swept()
-    assert errors == [None] and job.done and job.run.manifest["starts"] == 1 and not copy.exists()   # found trained
+    assert errors == [None] and job.done and job.run.manifest["starts"] == 1   # found trained
+    wait_for(lambda: not list(cluster.copies.glob("*/controlled*")))
 
 
-def test_a_worker_goes_on_with_whichever_copy_has_more_steps(sweep, tmp_path, notebook):
-    _, (config,) = sweep(steps=4, seeds=1)
-    ours, theirs = (Job(config, notebook, tmp_path / name) for name in ("ours", "theirs"))
-    finetune(config, tmp_path / "ours", device="cpu", progress=False, until=1)
-    behind = (4, pack(ours.run.path))
-    _unpack_newer(*behind, theirs)
-    assert theirs.run.last_epoch == 1
-    (theirs.run.path / "resume/stopped.safetensors").touch()
-    finetune(config, tmp_path / "ours", device="cpu", progress=False, until=2)
-    _unpack_newer(8, pack(ours.run.path), theirs)
-    assert theirs.run.last_epoch == 2 and not (theirs.run.path / "resume/stopped.safetensors").exists()   # nothing of the older is left
-    _unpack_newer(*behind, theirs)
-    assert theirs.run.last_epoch == 2
+def test_of_two_states_the_one_with_more_steps_goes_on(tmp_path):
+    left = [tmp_path / f"controlled-K1.5.{steps}.{name}.tar" for name, steps in (("a", 80), ("b", 120), ("c", 9))]
+    for path in left:
+        path.write_text(path.name)
+    assert _furthest(None, left) == _furthest((100, b"sent"), left) == left[1].read_bytes()
+    assert _furthest((120, b"sent"), left[::2]) == _furthest((0, b"sent"), []) == b"sent"
 
 
 @ray
