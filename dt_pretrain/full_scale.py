@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['SCORED', 'COMPARED', 'HEADS', 'LENGTHS', 'TERMS', 'long_enough', 'compared', 'advantage', 'made_run',
            'spell_advantage', 'last_scores', 'two_collections', 'conditions_of', 'full_scale_verdict',
-           'after_start_text', 'by_arm_text', 'better_text', 'verdicts_by_length', 'verdict_table', 'supported_text',
-           'single_seeds_text']
+           'after_start_text', 'by_arm_text', 'better_text', 'beside_text', 'verdicts_by_length', 'verdict_table',
+           'supported_text', 'single_seeds_text']
 
 # %% ../nbs/components/full_scale.ipynb #5612366b
 from contextlib import suppress
@@ -164,14 +164,23 @@ def by_arm_text(
 # %% ../nbs/components/full_scale.ipynb #616fb114
 def better_text(
     verdict: dict,  # from `full_scale_verdict`
-    head: str,
 ) -> str:
     "Which runs end better than a constant guess."
     found, n = verdict['better'], verdict['seeds']
-    if not sum(found.values()): who = 'no run ends with a lower error than a constant guess'
-    elif all(k == n for k in found.values()): who = 'all runs end with a lower error than a constant guess'
-    else: who = f"these end with a lower error than a constant guess: {by_arm_text({arm: f'{k} of {n}' for arm, k in found.items()})}"
-    return f"With {HEADS[head]}, after {verdict['updates']:,} updates, {who}."
+    if not sum(found.values()): return 'no run ends with a lower error than a constant guess'
+    if all(k == n for k in found.values()): return 'all runs end with a lower error than a constant guess'
+    return f"these end with a lower error than a constant guess: {by_arm_text({arm: f'{k} of {n}' for arm, k in found.items()})}"
+
+# %% ../nbs/components/full_scale.ipynb #e8017673
+def beside_text(
+    tied: dict,    # from `full_scale_verdict`, with the tied head
+    linear: dict,  # the same with a linear head
+) -> str:
+    "The scores of language weights with the paper's head beside those of random ones with a linear head."
+    ours, others = tied['scores']['language'], linear['scores']['random']
+    over = ': an advantage over a head that fails' * (tied['verdict'] == 'supported' and ours < others)
+    return (f"the mean score of language weights (the last {SCORED} measurements) is then {ours:.0f} ({counted(tied['seeds'])}), "
+            f"where random ones with a linear head have {others:.0f} ({counted(linear['seeds'])}){over}")
 
 # %% ../nbs/components/full_scale.ipynb #ed0181b1
 def verdicts_by_length(

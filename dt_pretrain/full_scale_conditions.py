@@ -9,6 +9,7 @@ __all__ = ['who_is_ahead', 'by_head_text', 'rates_tried', 'best_rates', 'at_best
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .analysis.learning_curves import area_under_curve, time_to_reach
@@ -88,9 +89,10 @@ def rates_sentence(
     edge = '; the best may lie beyond these' * any(best[w] in (tried[0], tried[-1]) for w in best.index)
     ends, guess = chosen.groupby('weights').error.mean(), chosen.constant_error.mean()
     learned = '' if ends.min() <= guess else f', where a constant guess has {guess:.3f}'
+    def plain(rate): return np.format_float_positional(rate, trim='-')
     first = metrics.step[(metrics.epoch == 1) & metrics.run.isin(runs.run)].min()
     where = conditions_of(chosen.assign(arm=lambda d: d.weights), ['language', 'random'])
-    return (f"With the best of {len(tried)} learning rates for each, chosen by the same errors (language {best['language']:g}, random {best['random']:g}{edge}), "
+    return (f"With the best of {len(tried)} learning rates for each, chosen by the same errors (language {plain(best['language'])}, random {plain(best['random'])}{edge}), "
             f"the error averaged from update {first} on is {spell_advantage(effect, brief=True)} from language weights than from random ones, "
             f"at the end {ends['language']:.3f} against {ends['random']:.3f}{learned} "
             f"({head} head, {runs.updates.max()} updates, {counted(effect[3])}; {where}).{two_seeds_text(effect[3])}")

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pandas as pd
 
-from .findings import counted, two_seeds_text
+from .findings import counted
 from .full_scale import HEADS, LENGTHS, SCORED, advantage, compared, conditions_of, spell_advantage, verdicts_by_length
 from .full_scale_conditions import who_is_ahead
 from .setups import PRESETS
@@ -91,8 +91,14 @@ def turns_text(
     lower = means[of] < means[over]
     turns = lower.index[lower != lower.shift(fill_value=lower.iloc[0])]
     if not len(turns): return ''
-    if len(turns) > 1: return f"lower at {', '.join(f'{n:,}' for n in lower.index[lower])} updates only"
+    if len(turns) > 1: return f"lower {', '.join(_spans(lower))}"
     return '{} before, {} from {:,} updates on'.format(*(('higher', 'lower') if lower.iloc[-1] else ('lower', 'higher')), turns[0])
+
+def _spans(lower):
+    "Where a series is true, in words."
+    spans = [d.index for _, d in lower.groupby((lower != lower.shift()).cumsum()) if d.iloc[0]]
+    def told(i): return f'from {i[0]:,} on' if i[-1] == lower.index[-1] else f'at {i[0]:,}' if len(i) == 1 else f'from {i[0]:,} to {i[-1]:,}'
+    return map(told, spans)
 
 # %% ../nbs/components/full_scale_warmup.ipynb #b4363e5a
 def warmup_numbers(
@@ -108,5 +114,5 @@ def warmup_numbers(
     (effect, n), (later, _) = (advantage(warmed, head, *pair, least, since) for since in (0, 1))
     turns = turns_text(warmed, head, *pair, least)
     return (f"With {HEADS[head]}, over {n:,} updates ({n / PRESETS['paper']['warmup_steps']:.0%} of the warm-up), the mean error over training is {spell_advantage(effect)} "
-            f"from language weights than from {over.removeprefix('language-')} ones{f' ({turns})' * bool(turns)}; without the error before any training it is {spell_advantage(later)} "
-            f"({counted(effect[3])}, {conditions_of(runs, pair)}). A constant guess has {runs.constant_error.mean():.2f}.{two_seeds_text(effect[3])}")
+            f"from language weights than from {over.removeprefix('language-')} ones{f' (at single measurements {turns})' * bool(turns)}; without the error before any training it is {spell_advantage(later)} "
+            f"({counted(effect[3])}, {conditions_of(runs, pair)}).")
