@@ -178,8 +178,8 @@ def beside_text(
 ) -> str:
     "The scores of language weights with the paper's head beside those of random ones with a linear head."
     ours, others = tied['scores']['language'], linear['scores']['random']
-    over = ': an advantage over a head that fails' * (tied['verdict'] == 'supported' and ours < others)
-    return (f"the mean score of language weights (the last {SCORED} measurements) is then {ours:.0f} ({counted(tied['seeds'])}), "
+    over = ': an advantage over a head that fails' * (tied['verdict'] == 'supported' and not tied['better']['random'] and ours < others)
+    return (f"with {HEADS['tied']} the mean score of language weights (the last {SCORED} measurements) is {ours:.0f} ({counted(tied['seeds'])}), "
             f"where random ones with a linear head have {others:.0f} ({counted(linear['seeds'])}){over}")
 
 # %% ../nbs/components/full_scale.ipynb #ed0181b1

@@ -10,7 +10,7 @@ from contextlib import suppress
 import pandas as pd
 
 from .findings import counted
-from .full_scale import HEADS, LENGTHS, SCORED, advantage, compared, conditions_of, spell_advantage, verdicts_by_length
+from .full_scale import HEADS, LENGTHS, SCORED, advantage, compared, conditions_of, long_enough, spell_advantage, verdicts_by_length
 from .full_scale_conditions import who_is_ahead
 from .setups import PRESETS
 from .statistics import mean_of_last
@@ -37,10 +37,10 @@ def warmup_text(
             effects[words], n = advantage(warmed, head, *pair, least)
             runs = compared(warmed, head, pair, least).pivot(index='seed', columns='arm')
             behind, at_end = ((runs[of].language > runs[of].random).sum() for of in ('area', 'error'))
-            found.append(f'in {behind} of {counted(len(runs))} with {words} (at the end in {at_end})'); lengths.add(f'{n:,}')
+            found.append(f'in {behind} of {counted(len(runs))} with {words} (at the end in {at_end})'); lengths.add(n)
     if not found: return ''
     sure = [f'with {words} {who_is_ahead(e)}' for words, e in effects.items() if e[1] > 0 or e[2] < 0]
-    return (f"With the paper's own warm-up, {' or '.join(sorted(lengths))} of its {PRESETS['paper']['warmup_steps']:,} updates, language weights are behind random ones, by the error averaged over training, "
+    return (f"With the paper's own warm-up, {' or '.join(f'{n:,}' for n in sorted(lengths))} of its {PRESETS['paper']['warmup_steps']:,} updates, language weights are behind random ones, by the error averaged over training, "
             f"{' and '.join(found)}; {'; '.join(sure) or 'no interval over these seeds excludes zero'}.")
 
 # %% ../nbs/components/full_scale_warmup.ipynb #b4363e54
@@ -58,7 +58,7 @@ PAPERS_RANDOM = 'GPT-2, 1 head, ReLU, random'   # its arm
 
 def papers_random(
     metrics: pd.DataFrame,  # from `read_kept`
-) -> pd.DataFrame:          # a row a run, of metrics, with `last_scores`: the mean of its last `SCORED` measurements; seeds that one head has are left out
+) -> pd.DataFrame:          # a row a run, of metrics, with `last_scores`: the mean of its last `SCORED` measurements; seeds that only one head has are left out
     "The paper's random model with the paper's warm-up and with both heads, after as many updates as verdicts are given over."
     d = with_long_warmup(metrics); d = d[(d.arm == PAPERS_RANDOM) & d.step.between(1, LENGTHS[-1])]
     ends = d[d.step == LENGTHS[-1]]
@@ -70,9 +70,10 @@ def papers_random(
 def who_learns(
     metrics: pd.DataFrame,  # of one kind of runs, such as `with_long_warmup`
     head: str,
+    least: int = 600,       # updates that a run must have to count
 ) -> str:                   # empty without runs
     "Of each kind of weights, how many runs end with a lower error than a constant guess."
-    ends = metrics[metrics['head'] == head].sort_values('step').groupby('run').tail(1)
+    ends = long_enough(metrics[metrics['head'] == head], least).sort_values('step').groupby('run').tail(1)
     learned = (ends.held_out_error < ends.constant_error).groupby(ends.arm).agg(['sum', 'count'])
     return f"With {HEADS[head]} these end with a lower error than a constant guess: {'; '.join(f'{arm} {k} of {n}' for arm, k, n in learned.itertuples())}." if len(ends) else ''
 

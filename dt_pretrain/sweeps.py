@@ -24,7 +24,7 @@ from .backbones import check_source, locate, parse_initialisation, read_config
 from .collection import collected
 from .execution import Execution, last_error
 from .finetuning import finetune
-from .runs import Run, RunInUseError, Sigterm, open_run, run_folder, take_over, was_preempted, whole_file
+from .runs import Run, RunInUseError, Sigterm, open_run, replace_folder, run_folder, take_over, was_preempted, whole_file
 from .setups import PRESETS, FinetuneConfig, make_config, windows_per_step
 from .tasks import InputError, project_root
 
@@ -282,28 +282,47 @@ def unpack(
 
 # %% ../nbs/components/sweeps.ipynb #fce2ac3c
 def _on_worker(config, source, cwd, runs_dir, token, sent, parameters):
-    "One run, on a worker: its error; and, unless its folder is where it belongs already, that folder, packed, and machine and path of the file that keeps it."
+    "One run, on a worker: its error; and, unless its folder is where it belongs already, that folder, packed, and the machine and place where it is kept."
     shared = (Path(runs_dir) / token).exists()
     folder = Path(runs_dir) if shared else user_cache_path('dt_pretrain') / 'runs'
     with tempfile.TemporaryDirectory() as tmp:
         notebook = Path(tmp) / 'finetune.ipynb'; notebook.write_text(source, encoding='utf-8')
         job = Job(make_config(**config), notebook, folder, cwd if Path(cwd).is_dir() else tmp, **parameters)
-        left = list(job.run.path.parent.glob(f'{job.run.path.name}.*.tar'))
-        if (sent or left) and not job.run.path.exists(): unpack(_furthest(sent, left), job.run.path)
-        while not (job.done or job.start()): time.sleep(1)
+        if not shared: _begin_with_most_steps(job, sent)
+        while not (job.done or job.start()):
+            time.sleep(1)
+            if not shared: _begin_with_most_steps(job, sent)   # whoever worked on it may have left
         error = None if job.done else _finish(job)
     if shared: return error, None, None
-    packed, keeps = pack(job.run.path), job.run.path.with_name(f'{job.run.path.name}.{_steps(job)}.{uuid.uuid4().hex}.tar')
-    with whole_file(keeps) as tmp: tmp.write_bytes(packed)
-    for old in left: old.unlink(missing_ok=True)
-    shutil.rmtree(job.run.path)
+    packed = pack(job.run.path)
+    kept = job.run.path.rename(job.run.path.with_name(f'{job.run.path.name}.{_steps(job)}.{uuid.uuid4().hex}'))
+    for old in _kept(job):
+        if old != kept and _steps_of(old) <= _steps_of(kept): _discard(old)
     import ray
-    return error, packed, (ray.get_runtime_context().get_node_id(), str(keeps))
+    return error, packed, (ray.get_runtime_context().get_node_id(), str(kept))
 
-def _furthest(sent, left):
-    "Of the states of a run, one with its steps that was sent and files of an earlier sweep that never arrived, the packed one with most steps."
-    states = [(int(p.name.split('.')[-3]), p.read_bytes()) for p in left] + [sent] * bool(sent)
-    return max(states, key=lambda s: s[0])[1]
+def _kept(job): return list(job.run.path.parent.glob(f'{job.run.path.name}.*.*'))
+
+def _steps_of(kept): return int(kept.name.split('.')[-2])
+
+def _begin_with_most_steps(job, sent):
+    "Put in a run's place, unless somebody works on it, what has most steps: the run that lies there, one that was kept, or the one that was sent, with its steps."
+    path, kept = job.run.path, max(_kept(job), key=_steps_of, default=None)
+    if job.run.in_use() or _held(path / '.notebook.lock'): return
+    steps = dict(there=_steps(job) if (path / 'manifest.json').exists() else -1, kept=_steps_of(kept) if kept else -1, sent=sent[0] if sent else -1)
+    most = max(steps, key=steps.get)   # the first of equals
+    if most == 'kept': replace_folder(kept, path)
+    if most == 'sent': new = path.with_name(f'.{path.name}.{uuid.uuid4().hex}'); unpack(sent[1], new); replace_folder(new, path)
+
+def _held(lock):
+    "Whether another process holds a lock."
+    try: lock.exists() and FileLock(lock, timeout=0).acquire().lock.release()
+    except Timeout: return True
+    return False
+
+def _discard(folder):
+    "Delete a folder, which is never seen in part."
+    shutil.rmtree(folder.rename(folder.with_name(f'.{folder.name}')), ignore_errors=True)
 
 def _finish(job):
     "Wait until a job ends; if we are cancelled before, stop it."
@@ -367,14 +386,17 @@ def _at(ray, node, does, *args, soft=True):
 
 # %% ../nbs/components/sweeps.ipynb #f6a6d668
 def _outcome(ray, ref, job):
-    "A job and its error; what came back through Ray is unpacked, then the worker's file deleted."
+    "A job and its error; what came back through Ray is unpacked, then what the worker keeps is deleted."
     try: error, packed, keeps = ray.get(ref)
     except ray.exceptions.RayError as e: error, packed, keeps = job.fail(last_error(str(e))), None, None
     try:
         if packed and not job.done:
-            with open_run(job.config, job.runs_dir, wait=60) as run: unpack(packed, run.path)
-        if keeps: ray.wait([_at(ray, keeps[0], Path.unlink, Path(keeps[1]), True, soft=False)], timeout=10)   # a file that stays is no harm
+            with open_run(job.config, job.runs_dir, wait=60) as run:
+                if _steps_of(Path(keeps[1])) >= _steps(job): unpack(packed, run.path)
     except (InputError, OSError) as e: error = job.fail(f'{type(e).__name__}: {e}')   # somebody works on the run, or it cannot be written; the others go on
+    else:
+        with suppress(OSError, ray.exceptions.RayError):
+            if keeps: ray.wait([_at(ray, keeps[0], _discard, Path(keeps[1]), soft=False)], timeout=10)
     if not error: (job.run.path / 'error.txt').unlink(missing_ok=True)   # of an earlier attempt
     return job, error
 

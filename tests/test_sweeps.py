@@ -20,7 +20,7 @@ from dt_pretrain.finetuning import finetune
 from dt_pretrain.report import all_runs
 from dt_pretrain.runs import Run, find_runs, runs_folder
 from dt_pretrain.setups import make_config
-from dt_pretrain.sweeps import Job, _furthest, check_sources, estimates, finished_runs, here, local, on_ray, read_sweep, run_sweep, sweep_status
+from dt_pretrain.sweeps import Job, _begin_with_most_steps, check_sources, estimates, finished_runs, here, local, on_ray, pack, read_sweep, run_sweep, sweep_status, unpack
 from dt_pretrain.tasks import InputError
 from dt_pretrain.trajectories import write_minari
 
@@ -275,7 +275,7 @@ def test_results_come_back_where_no_folder_is_shared(cluster, sweep, tmp_path, n
     for news in on_ray(shared=False)([job]):
         ended += news
     assert ended == [(job, None)] and job.done and job.run.manifest["starts"] == 2   # it went on from what was sent
-    assert cluster.copies.exists() and not list(cluster.copies.glob("*/controlled*"))   # nothing is left on the worker
+    wait_for(lambda: cluster.copies.exists() and not list(cluster.copies.glob("*/controlled*")))   # nothing is left on the worker
     alone = finetune(configs[0], tmp_path / "alone", device="cpu", progress=False)
     assert job.run.metrics.equals(alone.metrics)
     assert all(job.run.checkpoint_path(e).read_bytes() == alone.checkpoint_path(e).read_bytes() for e in range(4))
@@ -291,18 +291,34 @@ def test_a_worker_keeps_what_could_not_be_brought_back(cluster, sweep, tmp_path,
         full.setattr("dt_pretrain.sweeps.unpack", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
         job, (error,) = swept()
     assert "No space left" in error and not job.done
-    (keeps,) = cluster.copies.glob("*/controlled*")
+    (kept,) = cluster.copies.glob("*/controlled*")
+    (kept / "seen.txt").touch()
     job, errors = swept()
-    assert errors == [None] and job.done and job.run.manifest["starts"] == 1   # found trained
+    assert errors == [None] and job.done and (job.run.path / "seen.txt").exists()   # found trained
     wait_for(lambda: not list(cluster.copies.glob("*/controlled*")))
 
 
-def test_of_two_states_the_one_with_more_steps_goes_on(tmp_path):
-    left = [tmp_path / f"controlled-K1.5.{steps}.{name}.tar" for name, steps in (("a", 80), ("b", 120), ("c", 9))]
-    for path in left:
-        path.write_text(path.name)
-    assert _furthest(None, left) == _furthest((100, b"sent"), left) == left[1].read_bytes()
-    assert _furthest((120, b"sent"), left[::2]) == _furthest((0, b"sent"), []) == b"sent"
+def test_a_worker_begins_with_what_has_most_steps(sweep, tmp_path, notebook):
+    _, (config,) = sweep(steps=4, seeds=1)
+    ours, worker = (Job(config, notebook, tmp_path / name) for name in ("ours", "worker"))
+    finetune(config, tmp_path / "ours", device="cpu", progress=False, until=1)
+    first = (4, pack(ours.run.path))
+    finetune(config, tmp_path / "ours", device="cpu", progress=False, until=2)
+    second = (8, pack(ours.run.path))
+    def begins(sent):
+        _begin_with_most_steps(worker, sent)
+        return worker.run.last_epoch
+    assert [begins(None), begins(first), begins(first)] == [None, 1, 1]
+    (worker.run.path / "resume/stopped.safetensors").touch()
+    with FileLock(worker.run.path / ".notebook.lock"):
+        assert begins(second) == 1                                           # somebody works on it
+    assert begins(second) == 2 and not (worker.run.path / "resume/stopped.safetensors").exists()   # nothing of the older is left
+    worker.run.path.rename(worker.run.path.with_name(f"{worker.run.path.name}.8.abc"))
+    unpack(first[1], worker.run.path)
+    assert begins(first) == 2 and len(list(worker.run.path.parent.glob("[!.]*"))) == 1   # what was kept is the run now
+    worker.run.path.rename(worker.run.path.with_name(f"{worker.run.path.name}.8.abc"))
+    finetune(config, tmp_path / "ours", device="cpu", progress=False)
+    assert begins((12, pack(ours.run.path))) == 3
 
 
 @ray
