@@ -301,6 +301,14 @@ def _on_worker(config, source, cwd, runs_dir, token, sent, parameters):
     import ray
     return error, packed, (ray.get_runtime_context().get_node_id(), str(kept))
 
+def _finish(job):
+    "Wait until a job ends; if we are cancelled before, stop it."
+    try:
+        while job.execution.process.poll() is None: time.sleep(.5)
+    except BaseException: stop_all([job]); raise
+    return job.close()
+
+# %% ../nbs/components/sweeps.ipynb #fce2ac3e
 def _kept(job): return list(job.run.path.parent.glob(f'{job.run.path.name}.*.*'))
 
 def _steps_of(kept): return int(kept.name.split('.')[-2])
@@ -323,13 +331,6 @@ def _held(lock):
 def _discard(folder):
     "Delete a folder, which is never seen in part."
     shutil.rmtree(folder.rename(folder.with_name(f'.{folder.name}')), ignore_errors=True)
-
-def _finish(job):
-    "Wait until a job ends; if we are cancelled before, stop it."
-    try:
-        while job.execution.process.poll() is None: time.sleep(.5)
-    except BaseException: stop_all([job]); raise
-    return job.close()
 
 # %% ../nbs/components/sweeps.ipynb #5898c282
 def on_ray(
