@@ -286,7 +286,7 @@ def two_seeds_text(
     seeds: int,
 ) -> str:       # empty for other numbers of seeds
     "What to say beside intervals from two seeds."
-    return ' An interval from two seeds hangs on how nearly two differences happen to agree.' * (seeds == 2)
+    return ' An interval from two seeds hangs on how nearly two differences happen to agree.' if seeds == 2 else ''
 
 def share_of_first_epoch(
     effect: tuple,  # mean first: from the error before any training on

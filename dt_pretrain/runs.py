@@ -362,10 +362,13 @@ def _locked(run, seconds):
     finally: lock.release()
 
 @patch
-def in_use(self: Run) -> bool:
+def in_use(
+    self: Run,
+    lock: str = '.lock',  # the file that is asked about; who executes a run's notebook holds `.notebook.lock`
+) -> bool:
     "Whether a process works on the run. On another machine that is seen only through a file system that shares locks, and not in a folder that we may not write to."
     try:
-        if (self.path / '.lock').exists(): FileLock(self.path / '.lock', timeout=0).acquire().lock.release()
+        if (self.path / lock).exists(): FileLock(self.path / lock, timeout=0).acquire().lock.release()
     except Timeout: return True
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS): raise   # where we may not write, nobody can be asked

@@ -288,10 +288,10 @@ def _on_worker(config, source, cwd, runs_dir, token, sent, parameters):
     with tempfile.TemporaryDirectory() as tmp:
         notebook = Path(tmp) / 'finetune.ipynb'; notebook.write_text(source, encoding='utf-8')
         job = Job(make_config(**config), notebook, folder, cwd if Path(cwd).is_dir() else tmp, **parameters)
-        if not shared: _begin_with_most_steps(job, sent)
-        while not (job.done or job.start()):
-            time.sleep(1)
-            if not shared: _begin_with_most_steps(job, sent)   # whoever worked on it may have left
+        def begun():
+            if not shared: _begin_with_most_steps(job, sent)   # each time: whoever worked on it may have left
+            return job.done or job.start()
+        while not begun(): time.sleep(1)
         error = None if job.done else _finish(job)
     if shared: return error, None, None
     packed = pack(job.run.path)
@@ -316,17 +316,11 @@ def _steps_of(kept): return int(kept.name.split('.')[-2])
 def _begin_with_most_steps(job, sent):
     "Put in a run's place, unless somebody works on it, what has most steps: the run that lies there, one that was kept, or the one that was sent, with its steps."
     path, kept = job.run.path, max(_kept(job), key=_steps_of, default=None)
-    if job.run.in_use() or _held(path / '.notebook.lock'): return
+    if job.run.in_use() or job.run.in_use('.notebook.lock'): return
     steps = dict(there=_steps(job) if (path / 'manifest.json').exists() else -1, kept=_steps_of(kept) if kept else -1, sent=sent[0] if sent else -1)
     most = max(steps, key=steps.get)   # the first of equals
     if most == 'kept': replace_folder(kept, path)
     if most == 'sent': new = path.with_name(f'.{path.name}.{uuid.uuid4().hex}'); unpack(sent[1], new); replace_folder(new, path)
-
-def _held(lock):
-    "Whether another process holds a lock."
-    try: lock.exists() and FileLock(lock, timeout=0).acquire().lock.release()
-    except Timeout: return True
-    return False
 
 def _discard(folder):
     "Delete a folder, which is never seen in part."
